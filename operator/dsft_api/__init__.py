@@ -1,0 +1,11 @@
+"""The DeepSpeedFineTune resource: spec, status, conditions, and the contracts between operator and trainer.
+
+Everything in this repository may import this package; it imports nothing of the others and does no I/O.
+"""
+
+GROUP = "dsft.dev"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+KIND = "DeepSpeedFineTune"
+PLURAL = "deepspeedfinetunes"
+SHORT_NAME = "dsft"

@@ -1,0 +1,74 @@
+"""The base of every API model, and the markers that the CRD generator reads from them.
+
+One declaration serves three readers: pydantic (validation here), the CRD (validation by the API server) and
+the API reference. So a rule that a schema cannot say is written twice side by side: as a `model_validator` and as
+a CEL `Rule` on the class.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One `x-kubernetes-validations` entry: a CEL expression over `self`, and what the user is told."""
+
+    cel: str
+    message: str
+    field_path: str | None = None
+
+
+class ApiModel(BaseModel):
+    """A part of the resource: camelCase on the wire, snake_case here, immutable.
+
+    Unknown fields are ignored when a live object is parsed, since a newer CRD must not break an older operator;
+    manifests are parsed with `extra="forbid"` (see `dsft_api.manifest`).
+    """
+
+    model_config = ConfigDict(
+        alias_generator=to_camel,
+        populate_by_name=True,
+        frozen=True,
+        extra="ignore",
+        allow_inf_nan=False,
+        validate_default=True,
+    )
+
+    rules: ClassVar[tuple[Rule, ...]] = ()
+
+    def to_wire(self) -> dict[str, Any]:
+        """The JSON form: camelCase keys, absent instead of null."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+@dataclass(frozen=True)
+class PreserveUnknown:
+    """Marks a free-form object: the API server keeps what it does not know (`x-kubernetes-preserve-unknown-fields`)."""
+
+
+@dataclass(frozen=True)
+class ListMap:
+    """Marks a list whose items are merged by key under server-side apply (`x-kubernetes-list-type: map`)."""
+
+    keys: tuple[str, ...] = ("name",)
+
+
+@dataclass(frozen=True)
+class IntOrString:
+    """Marks a Kubernetes quantity (`x-kubernetes-int-or-string`)."""
+
+
+# The same pattern as k8s.io/apimachinery resource.Quantity.
+QUANTITY_PATTERN = r"^(\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))(([KMGTPE]i)|[numkMGTPE]|([eE](\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))))?$"
+
+Quantity = Annotated[int | Annotated[str, Field(pattern=QUANTITY_PATTERN, max_length=32)], IntOrString()]
+DnsLabel = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
+ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
+LabelValue = Annotated[str, Field(max_length=63)]
+Labels = Annotated[Mapping[Annotated[str, Field(max_length=316)], LabelValue], Field(max_length=32)]
+Uri = Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://.+$", max_length=1024)]
+FreeForm = Annotated[dict[str, Any], PreserveUnknown()]

@@ -1,0 +1,131 @@
+"""One vocabulary of conditions, reasons, phases and failure classes, with the remedy each one calls for.
+
+Status, logs, exit codes and the troubleshooting guide all speak these words (design: laws 8 and 10).
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+
+
+class ConditionType(StrEnum):
+    """Condition types in status, by the Kubernetes API conventions and kstatus."""
+
+    READY = "Ready"
+    RECONCILING = "Reconciling"
+    STALLED = "Stalled"
+    SUCCEEDED = "Succeeded"
+    ACCEPTED = "Accepted"
+    CLUSTER_READY = "ClusterReady"
+    JOB_SUBMITTED = "JobSubmitted"
+    CHECKPOINT_AVAILABLE = "CheckpointAvailable"
+
+
+class Phase(StrEnum):
+    """The printed summary of the conditions; never decide by it."""
+
+    PENDING = "Pending"
+    QUEUED = "Queued"
+    PROVISIONING = "Provisioning"
+    STARTING = "Starting"
+    RUNNING = "Running"
+    EXPORTING = "Exporting"
+    SUSPENDING = "Suspending"
+    SUSPENDED = "Suspended"
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+
+
+class Reason(StrEnum):
+    """Reasons that are no failure class."""
+
+    INVALID = "Invalid"
+    NOT_SUPPORTED = "NotSupported"
+    ACCEPTED = "Accepted"
+    STARTING = "Starting"
+    TRAINING = "Training"
+    EXPORTING = "Exporting"
+    SUCCEEDED = "Succeeded"
+    INTERRUPTED = "Interrupted"
+    COMMITTED = "Committed"
+    NO_CHECKPOINT = "NoCheckpoint"
+
+
+class ExitCode(IntEnum):
+    """Exit codes of the trainer (and of the `dsft` command)."""
+
+    OK = 0
+    OTHER = 1
+    BAD_INPUT = 2
+    ACCESS = 3
+    OUT_OF_MEMORY = 4
+    DIVERGED = 5
+    INTERRUPTED = 6
+    HANG = 7
+    GPU_FAULT = 8
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a failure class means: its exit code, whether a retry can help by itself, and what to do."""
+
+    exit_code: ExitCode
+    retried: bool
+    remedy: str
+
+
+class FailureClass(StrEnum):
+    """Why an attempt ended."""
+
+    CONFIG_INVALID = "ConfigInvalid"
+    DATA_INVALID = "DataInvalid"
+    STORAGE_DENIED = "StorageDenied"
+    MODEL_DENIED = "ModelDenied"
+    CUDA_OOM = "CudaOOM"
+    HOST_OOM = "HostOOM"
+    DIVERGED = "Diverged"
+    HANG = "Hang"
+    HEAD_LOST = "HeadLost"
+    WORKER_LOST = "WorkerLost"
+    GPU_FAULT = "GpuFault"
+    PREEMPTED = "Preempted"
+    IMAGE_PULL = "ImagePull"
+    UNSCHEDULABLE = "Unschedulable"
+    QUEUE_TIMEOUT = "QueueTimeout"
+    PROVISION_TIMEOUT = "ProvisionTimeout"
+    RUN_TIMEOUT = "RunTimeout"
+    USER_CODE = "UserCode"
+    UNKNOWN = "Unknown"
+
+    @property
+    def failure(self) -> Failure:
+        return FAILURES[self]
+
+
+_E = ExitCode
+FAILURES: dict[FailureClass, Failure] = {
+    FailureClass.CONFIG_INVALID: Failure(_E.BAD_INPUT, False, "correct the manifest and apply it again"),
+    FailureClass.DATA_INVALID: Failure(_E.BAD_INPUT, False, "correct the data set or the columns in spec.data"),
+    FailureClass.STORAGE_DENIED: Failure(_E.ACCESS, False, "check spec.storage: bucket, endpoint and credentials"),
+    FailureClass.MODEL_DENIED: Failure(_E.ACCESS, False, "check spec.model.uri and that HF_TOKEN may read it"),
+    FailureClass.CUDA_OOM: Failure(
+        _E.OUT_OF_MEMORY, False, "lower spec.execution.microBatchSize, or set spec.execution.activationCheckpointing"
+    ),
+    FailureClass.HOST_OOM: Failure(_E.OUT_OF_MEMORY, True, "give the pods more memory in spec.nodePools[].resources"),
+    FailureClass.DIVERGED: Failure(
+        _E.DIVERGED, False, "lower spec.training.optimizer.learningRate, add warmupSteps, or look at the data"
+    ),
+    FailureClass.HANG: Failure(_E.HANG, True, "look at the stacks in the log; raise spec.deadlines.stallSeconds for slow steps"),
+    FailureClass.HEAD_LOST: Failure(_E.OTHER, True, "nothing: the run goes on from its last checkpoint"),
+    FailureClass.WORKER_LOST: Failure(_E.OTHER, True, "nothing: the run goes on from its last checkpoint"),
+    FailureClass.GPU_FAULT: Failure(_E.GPU_FAULT, True, "have the node's GPU looked at"),
+    FailureClass.PREEMPTED: Failure(_E.INTERRUPTED, True, "nothing: the run goes on from its last checkpoint"),
+    FailureClass.IMAGE_PULL: Failure(_E.OTHER, True, "check spec.image.trainer and pullSecrets"),
+    FailureClass.UNSCHEDULABLE: Failure(_E.OTHER, True, "check spec.nodePools against the nodes of the cluster"),
+    FailureClass.QUEUE_TIMEOUT: Failure(_E.OTHER, False, "raise spec.deadlines.queueSeconds, then set a new spec.retry.token"),
+    FailureClass.PROVISION_TIMEOUT: Failure(
+        _E.OTHER, False, "raise spec.deadlines.provisionSeconds, then set a new spec.retry.token"
+    ),
+    FailureClass.RUN_TIMEOUT: Failure(_E.OTHER, False, "raise spec.deadlines.runSeconds, then set a new spec.retry.token"),
+    FailureClass.USER_CODE: Failure(_E.OTHER, False, "correct the program named in spec.program"),
+    FailureClass.UNKNOWN: Failure(_E.OTHER, True, "read the log"),
+}

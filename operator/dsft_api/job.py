@@ -1,0 +1,42 @@
+"""The job contract: what one attempt of the trainer is told. JSON in the environment variable DSFT_JOB.
+
+It holds no secrets. The operator and `dsft run` write it, `dsft_trainer` reads it; both check `contract`.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from dsft_api.base import ApiModel
+from dsft_api.spec import FineTuneSpec
+
+CONTRACT = 1
+JOB_ENV = "DSFT_JOB"
+
+
+class RunRef(ApiModel):
+    """Which run this is."""
+
+    namespace: str = Field(description="Namespace.")
+    name: str = Field(description="Name.")
+    uid: str = Field(description="Uid.")
+
+
+class Ranks(ApiModel):
+    """The processes that train."""
+
+    count: int = Field(ge=1, description="World size.")
+    device: Literal["cuda", "cpu"] = Field(description="Device of each rank.")
+    threads: int = Field(ge=1, description="CPU threads of each rank; pinned, since sums depend on it.")
+
+
+class Job(ApiModel):
+    """One attempt."""
+
+    contract: int = Field(default=CONTRACT, description="Version of this contract.")
+    run: RunRef = Field(description="The run.")
+    attempt: int = Field(ge=1, description="Number of the attempt.")
+    spec: FineTuneSpec = Field(description="The spec.")
+    spec_hash: str = Field(description="Digest of its identity part.")
+    storage_prefix: str = Field(description="URI of the run's folder.")
+    ranks: Ranks = Field(description="The processes that train.")

@@ -1,0 +1,58 @@
+"""The progress contract: what a running trainer tells. One JSON document, replaced as a whole.
+
+Written to Ray's log folder of the head (read by the operator through the dashboard, by `dsft run` as a file) and, less
+often, to `progress.json` in the run's folder. `seq` grows with every write of one attempt: order needs no clock.
+"""
+
+from enum import StrEnum
+
+from pydantic import Field
+
+from dsft_api.base import ApiModel
+from dsft_api.conditions import FailureClass
+from dsft_api.status import Checkpoints, EvaluationStatus, Output, ProgressStatus, Time
+
+PROGRESS_FILE = "dsft-progress.json"
+
+
+class TrainerPhase(StrEnum):
+    """What the trainer is doing."""
+
+    STARTING = "starting"
+    LOADING = "loading"
+    TRAINING = "training"
+    EVALUATING = "evaluating"
+    SAVING = "saving"
+    EXPORTING = "exporting"
+    SUCCEEDED = "succeeded"
+    INTERRUPTED = "interrupted"
+    FAILED = "failed"
+
+
+class TrainerFailure(ApiModel):
+    """Why the trainer gave up."""
+
+    failure_class: FailureClass = Field(alias="class", description="Failure class.")
+    message: str = Field(max_length=4096, description="What happened, and what to do.")
+    exit_code: int = Field(description="Exit code of the trainer.")
+    rank: int | None = Field(default=None, description="Rank that failed first.")
+
+
+class Progress(ApiModel):
+    """The state of one attempt."""
+
+    seq: int = Field(description="Grows with every write of one attempt.")
+    run_uid: str = Field(description="The run.")
+    attempt: int = Field(description="The attempt.")
+    group: int = Field(default=1, description="Start of the worker group inside the attempt, counted from 1.")
+    from_step: int = Field(default=0, description="Step of the checkpoint that this group started from.")
+    phase: TrainerPhase = Field(description="What the trainer is doing.")
+    progress: ProgressStatus | None = Field(default=None, description="How far the training is.")
+    grad_norm: float | None = Field(default=None, description="Gradient norm of the last step, before clipping.")
+    skipped_steps: int = Field(default=0, description="Steps that were not applied, since a gradient was not finite.")
+    evaluation: EvaluationStatus | None = Field(default=None, description="The last evaluation.")
+    checkpoints: Checkpoints | None = Field(default=None, description="Committed checkpoints.")
+    output: Output | None = Field(default=None, description="The exported model.")
+    failure: TrainerFailure | None = Field(default=None, description="Why the trainer gave up.")
+    message: str | None = Field(default=None, max_length=1024, description="What is going on.")
+    updated_at: Time = Field(description="When this was written.")

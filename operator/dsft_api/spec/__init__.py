@@ -1,0 +1,116 @@
+"""The whole spec, in three groups by when a field may change: identity, placement, policy."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from dsft_api.base import ApiModel, ListMap, ObjectName, Rule
+from dsft_api.spec.identity import (
+    DatasetSource,
+    DataSpec,
+    EvaluationSpec,
+    ModelSpec,
+    ProgramSpec,
+    StartFrom,
+    TrainingSpec,
+)
+from dsft_api.spec.placement import (
+    DeepSpeedSpec,
+    EnvFrom,
+    EnvVar,
+    ExecutionSpec,
+    HeadSpec,
+    ImageSpec,
+    NodePool,
+    StorageSpec,
+)
+from dsft_api.spec.policy import (
+    CheckpointPolicy,
+    Deadlines,
+    ExportSpec,
+    QueueSpec,
+    RetryPolicy,
+    TrackingSpec,
+)
+
+# Frozen once a run began; also what specHash covers.
+IDENTITY_FIELDS = ("model", "data", "training", "evaluation", "program", "storage", "start_from")
+
+
+class FineTuneSpec(ApiModel):
+    """What to fine-tune, on what, where, and how it is looked after."""
+
+    model: ModelSpec | None = Field(default=None, description="The pretrained model.")
+    data: DataSpec | None = Field(default=None, description="Training and evaluation data.")
+    training: TrainingSpec | None = Field(default=None, description="The optimisation.")
+    evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec, description="Evaluation on held-out data.")
+    program: ProgramSpec | None = Field(
+        default=None, description="Your own DeepSpeed code, instead of model, data and training."
+    )
+    storage: StorageSpec = Field(default_factory=StorageSpec, description="Where results go.")
+    start_from: StartFrom | None = Field(default=None, description="Start from another run's checkpoint.")
+
+    execution: ExecutionSpec = Field(default_factory=ExecutionSpec, description="How the run fits its devices.")
+    deepspeed: DeepSpeedSpec = Field(default_factory=DeepSpeedSpec, description="DeepSpeed settings.")
+    node_pools: Annotated[tuple[NodePool, ...], Field(max_length=8), ListMap()] = Field(
+        default=(), description="The nodes to train on."
+    )
+    head: HeadSpec = Field(default_factory=HeadSpec, description="The Ray head.")
+    image: ImageSpec = Field(default_factory=ImageSpec, description="The trainer image.")
+    service_account_name: ObjectName | None = Field(default=None, description="ServiceAccount of the pods.")
+    env: Annotated[tuple[EnvVar, ...], Field(max_length=64), ListMap()] = Field(
+        default=(), description="Environment variables of the trainer."
+    )
+    env_from: Annotated[tuple[EnvFrom, ...], Field(max_length=16)] = Field(
+        default=(), description="Secrets and ConfigMaps as environment variables."
+    )
+
+    checkpoint: CheckpointPolicy = Field(default_factory=CheckpointPolicy, description="Checkpoints.")
+    export: ExportSpec = Field(default_factory=ExportSpec, description="The final model.")
+    tracking: TrackingSpec = Field(default_factory=TrackingSpec, description="Experiment tracking.")
+    suspend: bool = Field(default=False, description="Commit, free the nodes, and wait.")
+    queue: QueueSpec | None = Field(default=None, description="Queueing by a cluster scheduler.")
+    retry: RetryPolicy = Field(default_factory=RetryPolicy, description="Attempts after a failure.")
+    deadlines: Deadlines = Field(default_factory=Deadlines, description="Bounds on waiting and running.")
+    keep_cluster_seconds: int = Field(default=0, ge=0, description="Hold the Ray cluster after the end, for debugging.")
+
+    rules = (
+        Rule(
+            "has(self.program) ? !(has(self.model) || has(self.data) || has(self.training))"
+            " : (has(self.model) && has(self.data) && has(self.training))",
+            "set model, data and training, or program alone",
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _program_or_builtin(self) -> Self:
+        builtin = {"model": self.model, "data": self.data, "training": self.training}
+        present = [name for name, part in builtin.items() if part is not None]
+        missing = [name for name in builtin if name not in present]
+        if self.program is not None and present:
+            raise ValueError(f"program replaces model, data and training: remove {', '.join(present)}")
+        if self.program is None and missing:
+            raise ValueError(f"set {', '.join(missing)} (or program, to run your own code)")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """The frozen part on the wire, defaults left out, so that a new default does not change old runs."""
+        return self.model_dump(mode="json", by_alias=True, exclude_defaults=True, include=set(IDENTITY_FIELDS))
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of all pools."""
+        return sum(pool.nodes * pool.gpus_per_node for pool in self.node_pools)
+
+    @property
+    def ranks(self) -> int:
+        """Ranks the pools ask for: one per GPU, or one per node on CPU; 0 when there are no pools."""
+        if self.execution.device == "cpu" or self.gpus == 0:
+            return sum(pool.nodes for pool in self.node_pools)
+        return self.gpus
+
+    def train_sources(self) -> Iterator[DatasetSource]:
+        """All training data sets, in manifest order."""
+        if self.data is not None:
+            yield from (self.data.train,) if self.data.train else (self.data.mixture or ())

@@ -1,0 +1,172 @@
+"""The status of a run: what a user, a GitOps tool and the operator's next step read.
+
+Times are RFC 3339 in UTC. Numbers are finite: NaN is not JSON. The same schema is written by the operator to the
+API server and by `dsft run` to status.yaml.
+"""
+
+from datetime import UTC, datetime
+from typing import Annotated, Literal
+
+from pydantic import Field, PlainSerializer
+
+from dsft_api.base import ApiModel, ListMap
+from dsft_api.conditions import ConditionType, FailureClass, Phase
+
+
+def _rfc3339(time: datetime) -> str:
+    return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+# Seconds precision, as metav1.Time.
+Time = Annotated[datetime, PlainSerializer(_rfc3339, return_type=str)]
+Metrics = Annotated[dict[Annotated[str, Field(max_length=64)], float], Field(max_length=32)]
+
+
+class Condition(ApiModel):
+    """A condition by the Kubernetes API conventions."""
+
+    type: ConditionType = Field(description="Type.")
+    status: Literal["True", "False", "Unknown"] = Field(description="Status.")
+    reason: str = Field(pattern=r"^[A-Z][A-Za-z0-9]*$", max_length=64, description="CamelCase reason.")
+    message: str = Field(default="", max_length=4096, description="What is going on, or what to do next.")
+    last_transition_time: Time = Field(description="When the status last changed.")
+    observed_generation: int | None = Field(default=None, description="Generation that was judged.")
+
+
+class Resolved(ApiModel):
+    """What the run's inputs were resolved to, so that every attempt uses the same."""
+
+    image: str | None = Field(default=None, description="Trainer image by digest.")
+    contract: int | None = Field(default=None, description="Version of the job contract.")
+    model_revision: str | None = Field(default=None, description="Commit of an hf:// model.")
+    data_digest: str | None = Field(default=None, description="Digest of the training data.")
+    storage_prefix: str | None = Field(default=None, description="URI of the run's folder.")
+
+
+class RayClusterStatus(ApiModel):
+    """The Ray cluster of the run."""
+
+    name: str = Field(description="Name of the RayCluster.")
+    uid: str | None = Field(default=None, description="Its uid.")
+    incarnation: int = Field(default=1, description="How many RayClusters this run has had.")
+    session: str | None = Field(default=None, description="Ray's session_name of the head.")
+
+
+class JobStatus(ApiModel):
+    """The Ray job of the current attempt."""
+
+    submission_id: str = Field(description="Submission id.")
+    state: str | None = Field(default=None, description="State, as Ray reports it.")
+
+
+class ProgressStatus(ApiModel):
+    """How far the training is."""
+
+    step: int = Field(description="Optimizer steps done.")
+    total_steps: int | None = Field(default=None, description="Optimizer steps in all.")
+    epoch: float | None = Field(default=None, description="Passes over the training data done.")
+    percent: float | None = Field(default=None, description="Share of the steps done, 0 to 100.")
+    loss: float | None = Field(default=None, description="Training loss of the last step, mean over trained tokens or samples.")
+    learning_rate: float | None = Field(default=None, description="Learning rate of the last step.")
+    tokens_per_second: float | None = Field(default=None, description="Tokens per second over all ranks, padding left out.")
+    mfu: float | None = Field(default=None, description="Model FLOPs utilisation, 0 to 1.")
+    eta: Time | None = Field(default=None, description="Expected end of the training.")
+    updated_at: Time | None = Field(default=None, description="When this was measured.")
+
+
+class EvaluationStatus(ApiModel):
+    """The last evaluation."""
+
+    step: int = Field(description="Step it was done at.")
+    metrics: Metrics = Field(description="Values by name.")
+
+
+class CheckpointRef(ApiModel):
+    """One committed checkpoint."""
+
+    uri: str = Field(description="Its folder.")
+    step: int = Field(description="Optimizer steps done.")
+    epoch: float = Field(default=0.0, description="Passes over the training data done.")
+    world_size: int = Field(description="Ranks that wrote it.")
+    bytes: int = Field(description="Size in bytes.")
+    time: Time = Field(description="When it was committed.")
+    metrics: Metrics = Field(default_factory=dict[str, float], description="Evaluation metrics of that step, if any.")
+    digest: str = Field(description="sha256:... of its COMMIT.json.")
+
+
+class Checkpoints(ApiModel):
+    """The checkpoints that exist."""
+
+    latest: CheckpointRef | None = Field(default=None, description="The newest.")
+    best: CheckpointRef | None = Field(default=None, description="The best by spec.evaluation.metric.")
+    retained: Annotated[tuple[CheckpointRef, ...], Field(max_length=21)] = Field(
+        default=(), description="All that are kept, oldest first."
+    )
+
+
+class Output(ApiModel):
+    """The exported model."""
+
+    uri: str = Field(description="Its folder.")
+    format: str = Field(description="Format.")
+    bytes: int = Field(description="Size in bytes.")
+    digest: str = Field(description="sha256:... of its manifest.json.")
+
+
+class Attempt(ApiModel):
+    """One attempt of the run."""
+
+    number: int = Field(description="Counted from 1.")
+    incarnation: int | None = Field(default=None, description="RayCluster it ran on.")
+    start_time: Time = Field(description="Start.")
+    end_time: Time | None = Field(default=None, description="End.")
+    from_step: int = Field(default=0, description="Step of the checkpoint it started from.")
+    to_step: int | None = Field(default=None, description="Last step it reached.")
+    failure_class: FailureClass | None = Field(default=None, alias="class", description="Why it ended, if it failed.")
+    nodes: tuple[str, ...] = Field(default=(), description="Nodes it ran on.")
+    exit_code: int | None = Field(default=None, description="Exit code of the trainer.")
+    message: str | None = Field(default=None, max_length=1024, description="What happened, and what to do.")
+
+
+class Usage(ApiModel):
+    """What the run used."""
+
+    gpu_seconds: float | None = Field(default=None, description="GPU seconds held.")
+    wasted_gpu_seconds: float | None = Field(default=None, description="Of these, on steps that were lost.")
+    goodput: float | None = Field(default=None, description="Share of the time that moved the run forward, 0 to 1.")
+
+
+class Logs(ApiModel):
+    """Where the logs are."""
+
+    uri: str = Field(description="Their folder.")
+
+
+class FineTuneStatus(ApiModel):
+    """What has become of the run."""
+
+    observed_generation: int | None = Field(default=None, description="Generation that this status is about.")
+    phase: Phase | None = Field(default=None, description="Printed summary.")
+    message: str | None = Field(default=None, max_length=4096, description="What is going on, or what to do.")
+    conditions: Annotated[tuple[Condition, ...], Field(max_length=16), ListMap(("type",))] = Field(
+        default=(), description="Conditions."
+    )
+    spec_hash: str | None = Field(default=None, description="sha256:... of the identity part of the spec.")
+    resolved: Resolved | None = Field(default=None, description="Pinned inputs.")
+    attempt: int | None = Field(default=None, description="Number of the current attempt.")
+    ray_cluster: RayClusterStatus | None = Field(default=None, description="The Ray cluster.")
+    job: JobStatus | None = Field(default=None, description="The Ray job.")
+    progress: ProgressStatus | None = Field(default=None, description="Progress of the training.")
+    evaluation: EvaluationStatus | None = Field(default=None, description="The last evaluation.")
+    checkpoint_request: str | None = Field(
+        default=None, description="Value of annotation dsft.dev/checkpoint-request that was last committed."
+    )
+    checkpoints: Checkpoints | None = Field(default=None, description="Committed checkpoints.")
+    output: Output | None = Field(default=None, description="The exported model.")
+    attempts: Annotated[tuple[Attempt, ...], Field(max_length=20), ListMap(("number",))] = Field(
+        default=(), description="The last attempts, oldest first."
+    )
+    usage: Usage | None = Field(default=None, description="What the run used.")
+    start_time: Time | None = Field(default=None, description="Start of the first attempt.")
+    completion_time: Time | None = Field(default=None, description="End of the run.")
+    logs: Logs | None = Field(default=None, description="Logs.")
