@@ -114,18 +114,24 @@ FAILURES: dict[FailureClass, Failure] = {
     FailureClass.DIVERGED: Failure(
         _E.DIVERGED, False, "lower spec.training.optimizer.learningRate, add warmupSteps, or look at the data"
     ),
-    FailureClass.HANG: Failure(_E.HANG, True, "look at the stacks in the log; raise spec.deadlines.stallSeconds for slow steps"),
+    FailureClass.HANG: Failure(
+        _E.HANG, True, "look at the stacks in the log; raise spec.deadlines.stallSeconds for slow steps"
+    ),
     FailureClass.HEAD_LOST: Failure(_E.OTHER, True, "nothing: the run goes on from its last checkpoint"),
     FailureClass.WORKER_LOST: Failure(_E.OTHER, True, "nothing: the run goes on from its last checkpoint"),
     FailureClass.GPU_FAULT: Failure(_E.GPU_FAULT, True, "have the node's GPU looked at"),
     FailureClass.PREEMPTED: Failure(_E.INTERRUPTED, True, "nothing: the run goes on from its last checkpoint"),
     FailureClass.IMAGE_PULL: Failure(_E.OTHER, True, "check spec.image.trainer and pullSecrets"),
     FailureClass.UNSCHEDULABLE: Failure(_E.OTHER, True, "check spec.nodePools against the nodes of the cluster"),
-    FailureClass.QUEUE_TIMEOUT: Failure(_E.OTHER, False, "raise spec.deadlines.queueSeconds, then set a new spec.retry.token"),
+    FailureClass.QUEUE_TIMEOUT: Failure(
+        _E.OTHER, False, "raise spec.deadlines.queueSeconds, then set a new spec.retry.token"
+    ),
     FailureClass.PROVISION_TIMEOUT: Failure(
         _E.OTHER, False, "raise spec.deadlines.provisionSeconds, then set a new spec.retry.token"
     ),
-    FailureClass.RUN_TIMEOUT: Failure(_E.OTHER, False, "raise spec.deadlines.runSeconds, then set a new spec.retry.token"),
+    FailureClass.RUN_TIMEOUT: Failure(
+        _E.OTHER, False, "raise spec.deadlines.runSeconds, then set a new spec.retry.token"
+    ),
     FailureClass.USER_CODE: Failure(_E.OTHER, False, "correct the program named in spec.program"),
     FailureClass.UNKNOWN: Failure(_E.OTHER, True, "read the log"),
 }

@@ -7,7 +7,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from dsft_api import API_VERSION
 from dsft_api.base import ApiModel, DnsLabel, Labels, Rule
 from dsft_api.spec import FineTuneSpec
 from dsft_api.status import FineTuneStatus
@@ -32,7 +31,7 @@ class Metadata(ApiModel):
 class DeepSpeedFineTune(ApiModel):
     """Fine-tunes a model with DeepSpeed ZeRO-3 on Ray."""
 
-    api_version: Literal["dsft.dev/v1alpha1"] = Field(default=API_VERSION, description="API version.")
+    api_version: Literal["dsft.dev/v1alpha1"] = Field(default="dsft.dev/v1alpha1", description="API version.")
     kind: Literal["DeepSpeedFineTune"] = Field(default="DeepSpeedFineTune", description="Kind.")
     metadata: Metadata = Field(description="Standard object metadata.")
     spec: FineTuneSpec = Field(description="What to do.")

@@ -66,9 +66,13 @@ class ProgressStatus(ApiModel):
     total_steps: int | None = Field(default=None, description="Optimizer steps in all.")
     epoch: float | None = Field(default=None, description="Passes over the training data done.")
     percent: float | None = Field(default=None, description="Share of the steps done, 0 to 100.")
-    loss: float | None = Field(default=None, description="Training loss of the last step, mean over trained tokens or samples.")
+    loss: float | None = Field(
+        default=None, description="Training loss of the last step, mean over trained tokens or samples."
+    )
     learning_rate: float | None = Field(default=None, description="Learning rate of the last step.")
-    tokens_per_second: float | None = Field(default=None, description="Tokens per second over all ranks, padding left out.")
+    tokens_per_second: float | None = Field(
+        default=None, description="Tokens per second over all ranks, padding left out."
+    )
     mfu: float | None = Field(default=None, description="Model FLOPs utilisation, 0 to 1.")
     eta: Time | None = Field(default=None, description="Expected end of the training.")
     updated_at: Time | None = Field(default=None, description="When this was measured.")

@@ -25,7 +25,8 @@ class ModelSpec(ApiModel):
         default=None, ge=2, le=10000, description="Number of classes; sequence-classification only. Default: 2."
     )
     trust_remote_code: bool = Field(
-        default=False, description="Run Python code that the model repository carries. Refused unless the admin allows the model."
+        default=False,
+        description="Run Python code that the model repository carries. Refused unless the admin allows the model.",
     )
 
     rules = (
@@ -46,11 +47,15 @@ class ModelSpec(ApiModel):
 class Columns(ApiModel):
     """Names of the columns in the data set, where they differ from the format's own names."""
 
-    text: str | None = Field(default=None, max_length=128, description="Text, or the first text of a pair. Default: text.")
+    text: str | None = Field(
+        default=None, max_length=128, description="Text, or the first text of a pair. Default: text."
+    )
     text_pair: str | None = Field(default=None, max_length=128, description="Second text of a pair. Default: textPair.")
     label: str | None = Field(default=None, max_length=128, description="Class, an integer from 0. Default: label.")
     prompt: str | None = Field(default=None, max_length=128, description="Prompt, not trained on. Default: prompt.")
-    completion: str | None = Field(default=None, max_length=128, description="Completion, trained on. Default: completion.")
+    completion: str | None = Field(
+        default=None, max_length=128, description="Completion, trained on. Default: completion."
+    )
     messages: str | None = Field(
         default=None, max_length=128, description="List of {role, content} messages. Default: messages."
     )
@@ -60,9 +65,15 @@ class DatasetSource(ApiModel):
     """One data set: a file or folder of JSONL, Parquet or CSV, a saved Hugging Face data set, or one on the Hub."""
 
     uri: Uri = Field(description="hf://ORG/NAME, s3://BUCKET/KEY, file:///PATH or python://PACKAGE/PATH.")
-    revision: str | None = Field(default=None, max_length=128, description="Branch, tag or commit of an hf:// data set.")
-    subset: str | None = Field(default=None, max_length=128, description="Configuration of an hf:// data set, such as mrpc.")
-    split: str | None = Field(default=None, max_length=128, description="Split of an hf:// or saved data set. Default: train.")
+    revision: str | None = Field(
+        default=None, max_length=128, description="Branch, tag or commit of an hf:// data set."
+    )
+    subset: str | None = Field(
+        default=None, max_length=128, description="Configuration of an hf:// data set, such as mrpc."
+    )
+    split: str | None = Field(
+        default=None, max_length=128, description="Split of an hf:// or saved data set. Default: train."
+    )
     format: DataFormat = Field(description="What a row holds; decides the columns that are read.")
     columns: Columns = Field(default_factory=Columns, description="Column names that differ from the format's.")
 
@@ -95,10 +106,14 @@ class ChatTemplate(ApiModel):
     """Where the Jinja chat template comes from, if the model's own tokenizer has none. Exactly one field."""
 
     from_model: str | None = Field(
-        default=None, max_length=256, description="URI of, or Hub name of, a model whose tokenizer carries the template."
+        default=None,
+        max_length=256,
+        description="URI of, or Hub name of, a model whose tokenizer carries the template.",
     )
     template: str | None = Field(default=None, max_length=16384, description="The Jinja template itself.")
-    config_map_ref: ConfigMapKey | None = Field(default=None, description="A key of a ConfigMap that holds the template.")
+    config_map_ref: ConfigMapKey | None = Field(
+        default=None, description="A key of a ConfigMap that holds the template."
+    )
 
     rules = (
         Rule(
@@ -123,17 +138,25 @@ class DataSpec(ApiModel):
     )
     eval: EvalSource | None = Field(default=None, description="The evaluation data. Default: none, so no evaluation.")
     eval_fraction: float | None = Field(
-        default=None, gt=0, le=0.5, description="Share of the training rows to hold out, chosen by the seed, instead of eval."
+        default=None,
+        gt=0,
+        le=0.5,
+        description="Share of the training rows to hold out, chosen by the seed, instead of eval.",
     )
     chat_template: ChatTemplate | None = Field(default=None, description="Chat template for format messages.")
     loss_on: Literal["assistant", "completion", "all"] | None = Field(
         default=None,
         description="Tokens that are trained on. Default: assistant for messages, completion for prompt_completion, all for text.",
     )
-    max_length: int = Field(default=512, ge=8, le=1_048_576, description="Longest sequence in tokens; longer rows are cut.")
-    packing: bool = Field(default=False, description="Put several short rows into one sequence, kept apart by the mask.")
+    max_length: int = Field(
+        default=512, ge=8, le=1_048_576, description="Longest sequence in tokens; longer rows are cut."
+    )
+    packing: bool = Field(
+        default=False, description="Put several short rows into one sequence, kept apart by the mask."
+    )
     loader: Literal["torch", "ray-data"] = Field(
-        default="torch", description="Who tokenises: one process per node (torch), or Ray Data in parallel (ray-data). Same order."
+        default="torch",
+        description="Who tokenises: one process per node (torch), or Ray Data in parallel (ray-data). Same order.",
     )
 
     rules = (
@@ -213,9 +236,15 @@ class EarlyStopping(ApiModel):
 class EvaluationSpec(ApiModel):
     """When the held-out data is evaluated, and which metric decides the best checkpoint."""
 
-    every_steps: int | None = Field(default=None, ge=1, description="Steps between evaluations. Default: once per epoch. The end is always evaluated.")
+    every_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Steps between evaluations. Default: once per epoch. The end is always evaluated.",
+    )
     metric: Metric = Field(default="loss", description="The metric that decides the best checkpoint.")
-    mode: Literal["min", "max"] | None = Field(default=None, description="Whether smaller or larger is better. Default: by the metric.")
+    mode: Literal["min", "max"] | None = Field(
+        default=None, description="Whether smaller or larger is better. Default: by the metric."
+    )
     early_stopping: EarlyStopping | None = Field(default=None, description="Stop early.")
 
     @property
@@ -239,7 +268,9 @@ class ProgramSpec(ApiModel):
     entrypoint: str = Field(
         pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", max_length=256, description="MODULE:FUNCTION, called on each rank."
     )
-    config: FreeForm = Field(default_factory=dict[str, object], description="Passed to the function as its only argument.")
+    config: FreeForm = Field(
+        default_factory=dict[str, object], description="Passed to the function as its only argument."
+    )
     source: ProgramSource | None = Field(default=None, description="Where the code comes from. Default: the image.")
 
 
@@ -248,4 +279,6 @@ class StartFrom(ApiModel):
 
     run: ObjectName = Field(description="Name of the run.")
     checkpoint: str = Field(default="latest", max_length=128, description="latest, best, or a checkpoint's name.")
-    mode: Literal["resume", "weights"] = Field(default="resume", description="Take everything over, or the weights only.")
+    mode: Literal["resume", "weights"] = Field(
+        default="resume", description="Take everything over, or the weights only."
+    )

@@ -56,7 +56,9 @@ class OffloadSpec(ApiModel):
 class DeepSpeedSpec(ApiModel):
     """DeepSpeed settings. Keys that the manifest decides elsewhere are refused in config."""
 
-    stage: Literal[3] = Field(default=3, description="ZeRO stage. Only 3: parameters, gradients, optimizer state sharded.")
+    stage: Literal[3] = Field(
+        default=3, description="ZeRO stage. Only 3: parameters, gradients, optimizer state sharded."
+    )
     offload: OffloadSpec = Field(default_factory=OffloadSpec, description="Host memory for what does not fit.")
     config: FreeForm = Field(
         default_factory=dict[str, object],
@@ -92,7 +94,9 @@ class ScratchSpec(ApiModel):
     """Per-pod disk for staging checkpoints and tokenised data."""
 
     size: Quantity = Field(description="Size of the volume, such as 200Gi.")
-    storage_class_name: ObjectName | None = Field(default=None, description="Default: the cluster's. Absent size: emptyDir.")
+    storage_class_name: ObjectName | None = Field(
+        default=None, description="Default: the cluster's. Absent size: emptyDir."
+    )
 
 
 class VolumeClaim(ApiModel):
@@ -110,7 +114,9 @@ class NodePool(ApiModel):
     gpu_resource: str | None = Field(
         default=None, max_length=253, description="Resource name of a GPU. Default: the operator's, nvidia.com/gpu."
     )
-    resources: ResourceRequirements = Field(default_factory=ResourceRequirements, description="CPU and memory of each pod.")
+    resources: ResourceRequirements = Field(
+        default_factory=ResourceRequirements, description="CPU and memory of each pod."
+    )
     node_selector: Labels = Field(default_factory=dict[str, str], description="Node labels that must match.")
     tolerations: Annotated[tuple[Toleration, ...], Field(max_length=32)] = Field(
         default=(), description="Taints that are tolerated."
@@ -169,7 +175,11 @@ class EnvSource(ApiModel):
     secret_key_ref: SecretKey | None = Field(default=None, description="A key of a Secret.")
     config_map_key_ref: EnvConfigMapKey | None = Field(default=None, description="A key of a ConfigMap.")
 
-    rules = (Rule("has(self.secretKeyRef) != has(self.configMapKeyRef)", "set exactly one of secretKeyRef and configMapKeyRef"),)
+    rules = (
+        Rule(
+            "has(self.secretKeyRef) != has(self.configMapKeyRef)", "set exactly one of secretKeyRef and configMapKeyRef"
+        ),
+    )
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
@@ -218,7 +228,9 @@ class EnvFrom(ApiModel):
 class StorageCredentials(ApiModel):
     """A Secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if used, AWS_SESSION_TOKEN."""
 
-    secret_name: ObjectName = Field(description="Name of the Secret. Locally the same variables are read from the environment.")
+    secret_name: ObjectName = Field(
+        description="Name of the Secret. Locally the same variables are read from the environment."
+    )
 
 
 class StorageVolume(ApiModel):

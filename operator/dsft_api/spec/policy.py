@@ -11,7 +11,9 @@ class CheckpointPolicy(ApiModel):
     """When a checkpoint is committed, and which ones are kept."""
 
     every_steps: int | None = Field(
-        default=None, ge=1, description="Steps between checkpoints. Default: once per epoch. The end is always committed."
+        default=None,
+        ge=1,
+        description="Steps between checkpoints. Default: once per epoch. The end is always committed.",
     )
     every_minutes: float | None = Field(default=None, gt=0, description="Minutes between checkpoints.")
     interval: Literal["auto"] | None = Field(
@@ -19,10 +21,15 @@ class CheckpointPolicy(ApiModel):
     )
     keep_last: int = Field(default=2, ge=1, le=10, description="Newest checkpoints to keep.")
     keep_best: int = Field(
-        default=1, ge=0, le=10, description="Best checkpoints to keep, by evaluation.metric. An evaluation that is the best so far is committed."
+        default=1,
+        ge=0,
+        le=10,
+        description="Best checkpoints to keep, by evaluation.metric. An evaluation that is the best so far is committed.",
     )
     max_failures: int = Field(default=3, ge=1, description="Failed saves in a row that fail the attempt.")
-    drain_seconds: int = Field(default=300, ge=1, le=3600, description="Longest wait for the commit when asked to stop.")
+    drain_seconds: int = Field(
+        default=300, ge=1, le=3600, description="Longest wait for the commit when asked to stop."
+    )
     on_world_size_change: Literal["refuse", "convert"] = Field(
         default="refuse", description="What to do with a checkpoint of another number of ranks."
     )
@@ -56,7 +63,9 @@ class MlflowSpec(ApiModel):
     """MLflow tracking."""
 
     tracking_uri: str = Field(max_length=512, description="Tracking server.")
-    experiment: str | None = Field(default=None, max_length=256, description="Experiment. Default: the run's namespace.")
+    experiment: str | None = Field(
+        default=None, max_length=256, description="Experiment. Default: the run's namespace."
+    )
 
 
 class WandbSpec(ApiModel):
