@@ -5,12 +5,14 @@ the API reference. So a rule that a schema cannot say is written twice side by s
 a CEL `Rule` on the class.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.alias_generators import to_camel
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,11 @@ class Rule:
     cel: str
     message: str
     field_path: str | None = None
+
+    def to_wire(self) -> dict[str, str]:
+        """Spell the rule as the API server reads it."""
+        wire = {"rule": self.cel, "message": self.message}
+        return wire | {"fieldPath": self.field_path} if self.field_path else wire
 
 
 class ApiModel(BaseModel):
@@ -44,22 +51,54 @@ class ApiModel(BaseModel):
         """The JSON form: camelCase keys, absent instead of null."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        json_schema = handler.resolve_ref_schema(handler(schema))
+        if cls.rules:
+            json_schema["x-kubernetes-validations"] = [rule.to_wire() for rule in cls.rules]
+        return json_schema
+
 
 @dataclass(frozen=True)
 class PreserveUnknown:
     """Marks a free-form object: the API server keeps what it does not know (`x-kubernetes-preserve-unknown-fields`)."""
 
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+
 
 @dataclass(frozen=True)
 class ListMap:
-    """Marks a list whose items are merged by key under server-side apply (`x-kubernetes-list-type: map`)."""
+    """Marks a list whose items are merged by key under server-side apply (`x-kubernetes-list-type: map`).
 
-    keys: tuple[str, ...] = ("name",)
+    The API server refuses two items with the same key, so the model does too.
+    """
+
+    key: str = "name"
+
+    def __get_pydantic_core_schema__(self, source: type[Any], handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._unique, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return handler(schema) | {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [self.key]}
+
+    def _unique(self, items: Sequence[ApiModel]) -> Sequence[ApiModel]:
+        values = [getattr(item, self.key) for item in items]
+        for value in values:
+            if values.count(value) > 1:
+                raise ValueError(f"{self.key} {value!r} is used more than once; give each item its own")
+        return items
 
 
 @dataclass(frozen=True)
 class IntOrString:
     """Marks a Kubernetes quantity (`x-kubernetes-int-or-string`)."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        # A structural schema allows no keyword but the type inside this anyOf; the string's own go beside it.
+        options: list[JsonSchemaValue] = handler(schema)["anyOf"]
+        limits = {key: value for option in options for key, value in option.items() if key != "type"}
+        return {**limits, "anyOf": [{"type": "integer"}, {"type": "string"}], "x-kubernetes-int-or-string": True}
 
 
 # The same pattern as k8s.io/apimachinery resource.Quantity.

@@ -40,3 +40,7 @@ class Job(ApiModel):
     spec_hash: str = Field(description="Digest of its identity part.")
     storage_prefix: str = Field(description="URI of the run's folder.")
     ranks: Ranks = Field(description="The processes that train.")
+
+    def to_json(self) -> str:
+        """The form that DSFT_JOB holds."""
+        return self.model_dump_json(by_alias=True, exclude_none=True)

@@ -33,7 +33,8 @@ class TrainerFailure(ApiModel):
     """Why the trainer gave up."""
 
     failure_class: FailureClass = Field(alias="class", description="Failure class.")
-    message: str = Field(max_length=4096, description="What happened, and what to do.")
+    message: str = Field(max_length=4096, description="What happened.")
+    remedy: str = Field(max_length=1024, description="What to do.")
     exit_code: int = Field(description="Exit code of the trainer.")
     rank: int | None = Field(default=None, description="Rank that failed first.")
 

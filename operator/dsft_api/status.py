@@ -147,12 +147,12 @@ class Logs(ApiModel):
 
 
 class FineTuneStatus(ApiModel):
-    """What has become of the run."""
+    """What has become of it: progress, checkpoints, attempts, and the reason for every wait and failure."""
 
     observed_generation: int | None = Field(default=None, description="Generation that this status is about.")
     phase: Phase | None = Field(default=None, description="Printed summary.")
     message: str | None = Field(default=None, max_length=4096, description="What is going on, or what to do.")
-    conditions: Annotated[tuple[Condition, ...], Field(max_length=16), ListMap(("type",))] = Field(
+    conditions: Annotated[tuple[Condition, ...], Field(max_length=16), ListMap("type")] = Field(
         default=(), description="Conditions."
     )
     spec_hash: str | None = Field(default=None, description="sha256:... of the identity part of the spec.")
@@ -167,7 +167,7 @@ class FineTuneStatus(ApiModel):
     )
     checkpoints: Checkpoints | None = Field(default=None, description="Committed checkpoints.")
     output: Output | None = Field(default=None, description="The exported model.")
-    attempts: Annotated[tuple[Attempt, ...], Field(max_length=20), ListMap(("number",))] = Field(
+    attempts: Annotated[tuple[Attempt, ...], Field(max_length=20), ListMap("number")] = Field(
         default=(), description="The last attempts, oldest first."
     )
     usage: Usage | None = Field(default=None, description="What the run used.")

@@ -1,6 +1,7 @@
 """The whole spec, in three groups by when a field may change: identity, placement, policy."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
@@ -39,19 +40,25 @@ IDENTITY_FIELDS = ("model", "data", "training", "evaluation", "program", "storag
 
 
 class FineTuneSpec(ApiModel):
-    """What to fine-tune, on what, where, and how it is looked after."""
+    """What to do: what to fine-tune, on what, where, and how it is looked after."""
 
     model: ModelSpec | None = Field(default=None, description="The pretrained model.")
-    data: DataSpec | None = Field(default=None, description="Training and evaluation data.")
+    data: DataSpec | None = Field(default=None, description="The data of the run.")
     training: TrainingSpec | None = Field(default=None, description="The optimisation.")
-    evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec, description="Evaluation on held-out data.")
+    evaluation: EvaluationSpec = Field(
+        default_factory=EvaluationSpec, description="When the held-out data is evaluated."
+    )
     program: ProgramSpec | None = Field(
         default=None, description="Your own DeepSpeed code, instead of model, data and training."
     )
-    storage: StorageSpec = Field(default_factory=StorageSpec, description="Where results go.")
-    start_from: StartFrom | None = Field(default=None, description="Start from another run's checkpoint.")
+    storage: StorageSpec = Field(
+        default_factory=StorageSpec, description="Where checkpoints, metrics, logs and the exported model go."
+    )
+    start_from: StartFrom | None = Field(default=None, description="Start from a checkpoint of another run.")
 
-    execution: ExecutionSpec = Field(default_factory=ExecutionSpec, description="How the run fits its devices.")
+    execution: ExecutionSpec = Field(
+        default_factory=ExecutionSpec, description="How the same optimisation is cut to fit the devices."
+    )
     deepspeed: DeepSpeedSpec = Field(default_factory=DeepSpeedSpec, description="DeepSpeed settings.")
     node_pools: Annotated[tuple[NodePool, ...], Field(max_length=8), ListMap()] = Field(
         default=(), description="The nodes to train on."
@@ -66,7 +73,9 @@ class FineTuneSpec(ApiModel):
         default=(), description="Secrets and ConfigMaps as environment variables."
     )
 
-    checkpoint: CheckpointPolicy = Field(default_factory=CheckpointPolicy, description="Checkpoints.")
+    checkpoint: CheckpointPolicy = Field(
+        default_factory=CheckpointPolicy, description="When a checkpoint is committed."
+    )
     export: ExportSpec = Field(default_factory=ExportSpec, description="The final model.")
     tracking: TrackingSpec = Field(default_factory=TrackingSpec, description="Experiment tracking.")
     suspend: bool = Field(default=False, description="Commit, free the nodes, and wait.")
@@ -114,3 +123,23 @@ class FineTuneSpec(ApiModel):
         """All training data sets, in manifest order."""
         if self.data is not None:
             yield from (self.data.train,) if self.data.train else (self.data.mixture or ())
+
+    def workload(self) -> "Workload":
+        """Model, data and training of a run that brings no program of its own.
+
+        Raises:
+            ValueError: if the run is a program or a mixture, which have no trainer yet (`dsft_api.not_supported`).
+        """
+        if self.model is None or self.data is None or self.training is None or self.data.train is None:
+            raise ValueError("spec.program and spec.data.mixture have no built-in workload")
+        return Workload(self.model, self.data, self.training, self.data.train)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The parts of a spec that the built-in trainer works from, all present."""
+
+    model: ModelSpec
+    data: DataSpec
+    training: TrainingSpec
+    train: DatasetSource

@@ -146,7 +146,8 @@ class DataSpec(ApiModel):
     chat_template: ChatTemplate | None = Field(default=None, description="Chat template for format messages.")
     loss_on: Literal["assistant", "completion", "all"] | None = Field(
         default=None,
-        description="Tokens that are trained on. Default: assistant for messages, completion for prompt_completion, all for text.",
+        description="Tokens that are trained on. Default: assistant for messages, completion for prompt_completion, "
+        "all for text.",
     )
     max_length: int = Field(
         default=512, ge=8, le=1_048_576, description="Longest sequence in tokens; longer rows are cut."
@@ -249,6 +250,7 @@ class EvaluationSpec(ApiModel):
 
     @property
     def larger_is_better(self) -> bool:
+        """Whether the larger of two values of the metric is the better one."""
         mode = self.mode or ("max" if self.metric in ("accuracy", "f1") else "min")
         return mode == "max"
 
@@ -263,7 +265,7 @@ class ProgramSource(ApiModel):
 
 
 class ProgramSpec(ApiModel):
-    """The user's own DeepSpeed code, instead of model, data and training."""
+    """Your own DeepSpeed code, instead of model, data and training."""
 
     entrypoint: str = Field(
         pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", max_length=256, description="MODULE:FUNCTION, called on each rank."

@@ -1,8 +1,8 @@
 """How the run is looked after. These fields may change at any time; the trainer reads them at its next start."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dsft_api.base import ApiModel, ObjectName, Rule
 
@@ -24,7 +24,8 @@ class CheckpointPolicy(ApiModel):
         default=1,
         ge=0,
         le=10,
-        description="Best checkpoints to keep, by evaluation.metric. An evaluation that is the best so far is committed.",
+        description="Best checkpoints to keep, by evaluation.metric. An evaluation that is the best so far is "
+        "committed.",
     )
     max_failures: int = Field(default=3, ge=1, description="Failed saves in a row that fail the attempt.")
     drain_seconds: int = Field(
@@ -40,6 +41,12 @@ class CheckpointPolicy(ApiModel):
             "set at most one of everySteps, everyMinutes and interval",
         ),
     )
+
+    @model_validator(mode="after")
+    def _one_interval(self) -> Self:
+        if [self.every_steps, self.every_minutes, self.interval].count(None) < 2:
+            raise ValueError("set at most one of everySteps, everyMinutes and interval")
+        return self
 
 
 class PushToHub(ApiModel):

@@ -1,0 +1,237 @@
+"""What a schema cannot say: fields that are each right and do not fit together.
+
+Pure, so that the CLI says it before anything starts and the operator before anything is created. Each check is one
+rule over the spec, and says nothing about parts that are missing.
+"""
+
+from collections.abc import Callable, Iterator
+
+from pydantic.alias_generators import to_camel
+
+from dsft_api.batch import BatchError, plan_batch
+from dsft_api.deepspeed_config import check_config
+from dsft_api.formats import FORMATS
+from dsft_api.not_supported import check_built
+from dsft_api.plain_secrets import check_secrets, redacted
+from dsft_api.problem import Problem
+from dsft_api.resource import DeepSpeedFineTune
+from dsft_api.spec import FineTuneSpec
+from dsft_api.spec.identity import Columns, DataFormat, DatasetSource, DataSpec, EvalSource, Task
+from dsft_api.uris import check_uris, uris
+
+_METRIC_TASK: dict[str, Task] = {
+    "perplexity": "causal-lm",
+    "accuracy": "sequence-classification",
+    "f1": "sequence-classification",
+}
+
+
+def check(resource: DeepSpeedFineTune) -> tuple[Problem, ...]:
+    """Every problem of a resource that fits the schema; none means that it can be run.
+
+    Reason NotSupported marks what is right and not built yet, Invalid all else.
+    """
+    found = [problem for rule in RULES for problem in rule(resource.spec)]
+    return tuple(redacted(problem) for problem in (*found, *check_secrets(resource)))
+
+
+def deepspeed_keys_are_free(spec: FineTuneSpec) -> Iterator[Problem]:
+    """`deepspeed.config` sets nothing that the manifest, this trainer or DeepSpeed 0.19 does not leave to it."""
+    yield from check_config(spec.deepspeed.config)
+
+
+def format_fits_task(spec: FineTuneSpec) -> Iterator[Problem]:
+    """A format gives the columns that a task needs."""
+    if spec.model is None or spec.data is None:
+        return
+    fitting = tuple(name for name, form in FORMATS.items() if form.task == spec.model.task)
+    for field, used in _formats(spec.data):
+        if used not in fitting:
+            yield Problem(
+                field,
+                f"does not fit task {spec.model.task}",
+                f"use {_either(fitting)}, or change spec.model.task",
+                used,
+            )
+
+
+def columns_fit_format(spec: FineTuneSpec) -> Iterator[Problem]:
+    """A column of another format is never read."""
+    if spec.data is None:
+        return
+    sources: list[tuple[str, DataFormat | None, Columns | None]] = []
+    if train := spec.data.train:
+        sources.append(("spec.data.train", train.format, train.columns))
+        if held_out := spec.data.eval:
+            sources.append(("spec.data.eval", held_out.format or train.format, held_out.columns))
+    for field, used, columns in sources:
+        if used is None or columns is None:
+            continue
+        read = [to_camel(name) for name, _ in FORMATS[used].columns]
+        for name, column in columns.to_wire().items():
+            if name not in read:
+                remedy = f"remove it; format {used} reads {', '.join(read)}"
+                yield Problem(f"{field}.columns.{name}", f"is not read by format {used}", remedy, column)
+
+
+def loss_on_fits_format(spec: FineTuneSpec) -> Iterator[Problem]:
+    """`lossOn` names a part that the rows have."""
+    if spec.data is None or spec.data.loss_on is None:
+        return
+    for _, used in _formats(spec.data):
+        allowed = FORMATS[used].loss_on
+        if spec.data.loss_on not in allowed:
+            remedy = f"use {_either(allowed)}" if allowed else "remove it: classification trains on the label"
+            yield Problem("spec.data.lossOn", f"does not fit format {used}", remedy, spec.data.loss_on)
+            return
+
+
+def chat_template_needs_messages(spec: FineTuneSpec) -> Iterator[Problem]:
+    """Only messages are put through a chat template."""
+    if spec.data is None or spec.data.chat_template is None:
+        return
+    if "messages" not in [used for _, used in _formats(spec.data)]:
+        yield Problem(
+            "spec.data.chatTemplate", "is used with format messages only", "remove it, or use format messages"
+        )
+
+
+def eval_differs_from_train(spec: FineTuneSpec) -> Iterator[Problem]:
+    """Evaluation on the training data measures nothing."""
+    if spec.data is None or spec.data.train is None or spec.data.eval is None:
+        return
+    train, own = spec.data.train, spec.data.eval
+    held_out = own if own.uri else train.model_copy(update=own.model_dump(exclude_none=True))
+    if _place(held_out) == _place(train):
+        yield Problem("spec.data.eval", "is the training data itself", "name another split or uri, or use evalFraction")
+
+
+def evaluation_needs_data(spec: FineTuneSpec) -> Iterator[Problem]:
+    """Settings of an evaluation that will not take place."""
+    if spec.data is None or spec.data.eval is not None or spec.data.eval_fraction is not None:
+        return
+    remedy = "add spec.data.eval or spec.data.evalFraction, or remove it"
+    if written := spec.evaluation.model_fields_set:
+        alias = type(spec.evaluation).model_fields[min(written)].alias
+        yield Problem(f"spec.evaluation.{alias}", "there is no evaluation data", remedy)
+    if "keep_best" in spec.checkpoint.model_fields_set and spec.checkpoint.keep_best > 0:
+        yield Problem("spec.checkpoint.keepBest", "there is no evaluation data to find the best by", remedy)
+
+
+def metric_fits_task(spec: FineTuneSpec) -> Iterator[Problem]:
+    """Each metric has one task, and one direction that is better."""
+    evaluation = spec.evaluation
+    task = _METRIC_TASK.get(evaluation.metric)
+    if spec.model is not None and task not in (None, spec.model.task):
+        metrics = ("loss", *(metric for metric, its in _METRIC_TASK.items() if its == spec.model.task))
+        yield Problem("spec.evaluation.metric", f"is for task {task}", f"use {_either(metrics)}", evaluation.metric)
+    better = "max" if evaluation.metric in ("accuracy", "f1") else "min"
+    if evaluation.mode not in (None, better):
+        yield Problem(
+            "spec.evaluation.mode",
+            f"would keep the worst checkpoint by {evaluation.metric}",
+            f"remove it, or write {better}",
+            evaluation.mode,
+        )
+
+
+def optimisation_fits(spec: FineTuneSpec) -> Iterator[Problem]:
+    """Numbers of the optimisation that contradict each other."""
+    if spec.training is None:
+        return
+    training, schedule = spec.training, spec.training.schedule
+    if training.max_steps is not None and schedule.warmup_steps > training.max_steps:
+        yield Problem(
+            "spec.training.schedule.warmupSteps",
+            f"is more than maxSteps {training.max_steps}",
+            f"set it to {training.max_steps} or less",
+            schedule.warmup_steps,
+        )
+    if schedule.type == "constant" and schedule.min_lr_ratio > 0:
+        yield Problem(
+            "spec.training.schedule.minLrRatio",
+            "has no effect on a constant schedule",
+            "remove it, or use type cosine or linear",
+            schedule.min_lr_ratio,
+        )
+    for index, beta in enumerate(training.optimizer.betas):
+        if not 0 <= beta < 1:
+            field = f"spec.training.optimizer.betas[{index}]"
+            yield Problem(field, "must be at least 0 and less than 1", "write a decay such as 0.9", beta)
+    if training.precision == "fp16" and spec.execution.device == "cpu":
+        yield Problem("spec.training.precision", "is for GPUs only", "use bf16 or fp32 on device cpu", "fp16")
+
+
+def batch_fits_pools(spec: FineTuneSpec) -> Iterator[Problem]:
+    """The ranks of the pools divide the global batch."""
+    if spec.training is None or not spec.node_pools:
+        return
+    if spec.execution.device == "cuda" and spec.gpus == 0:
+        yield Problem("spec.execution.device", "no pool has GPUs", "set gpusPerNode, or use device cpu", "cuda")
+    per_node = {pool.gpus_per_node or 1 for pool in spec.node_pools}
+    together = per_node.pop() if len(per_node) == 1 and spec.ranks == spec.gpus else 1
+    try:
+        plan_batch(spec.training.global_batch_size, spec.ranks, spec.execution.micro_batch_size, together)
+    except BatchError as error:
+        yield Problem("spec.training.globalBatchSize", error.message, error.remedy)
+
+
+def names_are_unique(spec: FineTuneSpec) -> Iterator[Problem]:
+    """Lists that are merged by name hold each name once."""
+    lists = {
+        "spec.nodePools": [pool.name for pool in spec.node_pools],
+        "spec.env": [variable.name for variable in spec.env],
+        "spec.image.pullSecrets": [secret.name for secret in spec.image.pull_secrets],
+    }
+    for field, names in lists.items():
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                yield Problem(f"{field}[{index}].name", "is used twice", "give each item a name of its own", name)
+
+
+def s3_settings_need_s3(spec: FineTuneSpec) -> Iterator[Problem]:
+    """Settings of S3 without anything on S3. Absent storage is the operator's, which may be S3."""
+    storage = spec.storage
+    if storage.uri is None or any(uri.startswith("s3://") for _, uri in uris(spec)):
+        return
+    for name in ("endpoint_url", "region", "credentials", "ca_bundle"):
+        if getattr(storage, name) is not None:
+            alias = type(storage).model_fields[name].alias
+            yield Problem(
+                f"spec.storage.{alias}", "is for S3, and no URI here is s3://", "remove it, or use an s3:// URI"
+            )
+
+
+def _place(source: DatasetSource | EvalSource) -> tuple[str | None, ...]:
+    return source.uri, source.revision or "main", source.subset, source.split or "train"
+
+
+def _formats(data: DataSpec) -> Iterator[tuple[str, DataFormat]]:
+    if data.train is not None:
+        yield "spec.data.train.format", data.train.format
+    for index, source in enumerate(data.mixture or ()):
+        yield f"spec.data.mixture[{index}].format", source.format
+    if data.eval is not None and data.eval.format is not None:
+        yield "spec.data.eval.format", data.eval.format
+
+
+def _either(words: tuple[str, ...]) -> str:
+    return " or ".join(words)
+
+
+RULES: tuple[Callable[[FineTuneSpec], Iterator[Problem]], ...] = (
+    check_uris,
+    format_fits_task,
+    columns_fit_format,
+    loss_on_fits_format,
+    chat_template_needs_messages,
+    eval_differs_from_train,
+    evaluation_needs_data,
+    metric_fits_task,
+    optimisation_fits,
+    batch_fits_pools,
+    names_are_unique,
+    s3_settings_need_s3,
+    deepspeed_keys_are_free,
+    check_built,
+)

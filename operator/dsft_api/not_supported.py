@@ -1,0 +1,116 @@
+"""What the schema accepts but nothing carries out yet (design law 10), and what only a cluster carries out.
+
+Only what the user wrote counts, not defaults. A row is deleted in the change that builds its feature.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dsft_api.base import ApiModel
+from dsft_api.conditions import Reason
+from dsft_api.problem import Path, Problem, field_name
+from dsft_api.resource import DeepSpeedFineTune
+from dsft_api.spec import FineTuneSpec
+
+
+@dataclass(frozen=True)
+class NotBuilt:
+    """One field of the spec that has no effect yet, but for the values in `allowed`."""
+
+    path: str
+    why: str
+    allowed: tuple[object, ...] = ()
+
+    @property
+    def remedy(self) -> str:
+        """What to do until it is built."""
+        values = " or ".join(str(value).lower() for value in self.allowed)
+        return f"remove it, or write {values}" if values else "remove it"
+
+
+NOT_BUILT = (
+    NotBuilt("program", "running your own DeepSpeed code is not built yet"),
+    NotBuilt("startFrom", "starting from another run's checkpoint is not built yet"),
+    NotBuilt("model.trustRemoteCode", "code from model repositories is never run", (False,)),
+    NotBuilt("data.mixture", "mixing data sets is not built yet; use data.train"),
+    NotBuilt("data.packing", "packing is not built yet", (False,)),
+    NotBuilt(
+        "data.chatTemplate.configMapRef", "templates from ConfigMaps are not built yet; use template or fromModel"
+    ),
+    NotBuilt("training.lora", "LoRA is not built yet; all weights are trained"),
+    NotBuilt("evaluation.earlyStopping", "early stopping is not built yet"),
+    NotBuilt("execution.attention", "flash_attention_2 is not built yet", ("sdpa", "eager")),
+    NotBuilt("execution.lossKernel", "the chunked loss is not built yet", ("standard",)),
+    NotBuilt("execution.interconnect", "the check of the network is not built yet"),
+    NotBuilt("deepspeed.offload.optimizer", "offload to host memory is not built yet", ("none",)),
+    NotBuilt("deepspeed.offload.params", "offload to host memory is not built yet", ("none",)),
+    NotBuilt("checkpoint.everyMinutes", "checkpoints by time are not built yet; use everySteps"),
+    NotBuilt("checkpoint.interval", "automatic checkpoint intervals are not built yet; use everySteps"),
+    NotBuilt("checkpoint.maxFailures", "a failed save ends the attempt at once"),
+    NotBuilt("checkpoint.onWorldSizeChange", "conversion of checkpoints is not built yet", ("refuse",)),
+    NotBuilt("export.mergeLora", "LoRA is not built yet"),
+    NotBuilt("export.pushToHub", "upload to the Hub is not built yet; the export is in storage"),
+    NotBuilt("tracking.mlflow", "MLflow is not built yet; tensorboard is"),
+    NotBuilt("tracking.wandb", "Weights & Biases is not built yet; tensorboard is"),
+    NotBuilt("deadlines.runSeconds", "the bound on training time is not built yet"),
+)
+
+# Fields that speak of pods and queues; `dsft run` has none.
+CLUSTER_ONLY = (
+    "nodePools[].gpuResource",
+    "nodePools[].resources",
+    "nodePools[].nodeSelector",
+    "nodePools[].tolerations",
+    "nodePools[].runtimeClassName",
+    "nodePools[].priorityClassName",
+    "nodePools[].avoidFailedNodes",
+    "nodePools[].scratch",
+    "nodePools[].modelCache",
+    "nodePools[].podTemplate",
+    "head",
+    "image",
+    "serviceAccountName",
+    "envFrom",
+    "storage.volume",
+    "storage.caBundle",
+    "queue",
+    "retry",
+    "deadlines.queueSeconds",
+    "deadlines.provisionSeconds",
+    "keepClusterSeconds",
+)
+
+
+def check_built(spec: FineTuneSpec) -> Iterator[Problem]:
+    """A NotSupported problem for each field that the user wrote and that nothing carries out yet."""
+    for row in NOT_BUILT:
+        for path, value in written(spec, row.path):
+            if value not in row.allowed:
+                shown = None if isinstance(value, (ApiModel, tuple)) else value
+                yield Problem(field_name(("spec", *path)), row.why, row.remedy, shown, Reason.NOT_SUPPORTED)
+
+
+def cluster_only(resource: DeepSpeedFineTune) -> tuple[str, ...]:
+    """The fields that the user wrote and that have no effect without a cluster, such as `spec.queue`."""
+    return tuple(f"spec.{path}" for path in CLUSTER_ONLY if any(True for _ in written(resource.spec, path)))
+
+
+def written(part: ApiModel, path: str, above: Path = ()) -> Iterator[tuple[Path, object]]:
+    """Every place that a path in wire names leads to and that the user gave a value: `nodePools[].name`.
+
+    Raises:
+        KeyError: if a model has no such field.
+    """
+    name, _, rest = path.partition(".")
+    wire = name.removesuffix("[]")
+    attribute = {field.alias: attribute for attribute, field in type(part).model_fields.items()}[wire]
+    value = getattr(part, attribute)
+    if attribute not in part.model_fields_set or value is None:
+        return
+    places = enumerate(value) if name.endswith("[]") else ((None, value),)
+    for index, item in places:
+        here = (*above, wire) if index is None else (*above, wire, index)
+        if rest:
+            yield from written(item, rest, here)
+        else:
+            yield here, item

@@ -1,0 +1,223 @@
+"""The `dsft` command (also `kubectl dsft`): run, validate, status, ls."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from dsft_api.conditions import ExitCode
+from dsft_api.manifest import parse
+from dsft_api.not_supported import cluster_only
+from dsft_api.problem import ManifestError, Problem
+from dsft_api.resource import DeepSpeedFineTune
+from dsft_api.status import FineTuneStatus
+from dsft_cli.devices import ranks_here, this_machine
+from dsft_cli.follow import follow, read_status
+from dsft_cli.local_run import LocalRun, find_run, is_running, job_for, runs_folder, trainer_environment
+from dsft_cli.output import Format, document, err, out, refuse
+from dsft_cli.view import View, checkpoint_line, size
+
+app = typer.Typer(
+    help="Fine-tune models with DeepSpeed ZeRO-3 on Ray, from one DeepSpeedFineTune manifest.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+FileOption = Annotated[str, typer.Option("--filename", "-f", help="The manifest; - reads standard input.")]
+OutputOption = Annotated[Format, typer.Option("--output", "-o", help="How the result is printed.")]
+
+
+@app.command()
+def run(
+    filename: FileOption,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Ranks. Default: as many as the pools ask and fit here; 2 on CPU.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start again instead of resuming; the old run is kept.")
+    ] = False,
+    runtime: Annotated[str, typer.Option(help="Who starts the ranks: ray or torchrun.")] = "ray",
+    output: OutputOption = Format.TEXT,
+) -> None:
+    """Run a manifest on this machine, without a cluster. Run it again to resume; Ctrl-C loses nothing.
+
+    Exit codes: 0 done, 2 bad manifest or data, 3 no access, 4 out of memory, 5 diverged, 6 interrupted (run again), 7 hang,
+    8 GPU fault, 1 other.
+    """
+    try:
+        resource = _read(filename)
+        _refuse_here(resource, filename, runtime)
+        environment = trainer_environment(resource, filename, _environment())
+        ranks = ranks_here(resource.spec, this_machine(), workers)
+        local = _find(resource, fresh=fresh)
+        job = job_for(local, ranks, filename)
+    except ManifestError as error:
+        raise typer.Exit(refuse(error, output)) from error
+    if local.finished:
+        err.print(f"{resource.metadata.name} is done already; --fresh starts it again")
+        _print_status(local, output)
+        raise typer.Exit(ExitCode.OK)
+    without_effect = cluster_only(resource)
+    if without_effect:
+        err.print(f"[dim]no effect without a cluster: {', '.join(without_effect)}[/]")
+    goes_on = f", attempt {job.attempt}" if job.attempt > 1 else ""
+    err.print(
+        f"{resource.metadata.name}{goes_on}: {ranks.count} ranks on {ranks.device}, DeepSpeed ZeRO-3; {local.storage_prefix}",
+        highlight=False,
+    )
+    with View(err) as view:
+        code = follow(local, job, runtime, environment, view)
+    _print_end(local, code, local.log_file(job.attempt), output)
+    raise typer.Exit(code)
+
+
+@app.command()
+def validate(filename: FileOption, output: OutputOption = Format.TEXT) -> None:
+    """Check a manifest: every problem at once, each with its place and what to write instead. Exit code 2 if there is any."""
+    try:
+        resource = _read(filename)
+    except ManifestError as error:
+        raise typer.Exit(refuse(error, output)) from error
+    if output is Format.TEXT:
+        out.print(
+            f"{escape(filename)}: {resource.metadata.namespace}/{resource.metadata.name} is valid", highlight=False
+        )
+    else:
+        document({"file": filename, "valid": True, "problems": []}, output)
+
+
+@app.command()
+def status(filename: FileOption, output: OutputOption = Format.TEXT) -> None:
+    """Show how far the manifest's run on this machine is."""
+    try:
+        local = _find(_read(filename))
+    except ManifestError as error:
+        raise typer.Exit(refuse(error, output)) from error
+    if read_status(local) is None:
+        err.print(f"no run of {escape(filename)} in {local.state}; start it with: dsft run -f {escape(filename)}")
+        raise typer.Exit(ExitCode.OTHER)
+    _print_status(local, output)
+
+
+@app.command("ls")
+def list_commits(
+    uri: Annotated[str, typer.Argument(help="A run's folder, as in status.resolved.storagePrefix.")],
+    endpoint_url: Annotated[str | None, typer.Option(help="Endpoint of an S3-compatible server.")] = None,
+    region: Annotated[str | None, typer.Option(help="Region of the bucket.")] = None,
+    output: OutputOption = Format.TEXT,
+) -> None:
+    """List the committed checkpoints of a run: those that a resume would choose from, oldest first."""
+    from dsft_trainer.checkpoint.checkpointer import read_commits
+    from dsft_trainer.checkpoint.store import open_store
+    from dsft_trainer.errors import TrainerError
+
+    try:
+        commits = read_commits(open_store(uri, endpoint_url=endpoint_url, region=region))
+    except TrainerError as error:
+        err.print(escape(str(error)), style="red", highlight=False)
+        raise typer.Exit(error.exit_code) from error
+    if output is not Format.TEXT:
+        document([commit.to_wire() for commit in commits], output)
+        return
+    table = Table("checkpoint", "step", "epoch", "ranks", "size", "committed", "metrics", box=None)
+    for commit in commits:
+        metrics = ", ".join(f"{name} {value:.4f}" for name, value in commit.metrics.items())
+        table.add_row(
+            commit.name,
+            str(commit.step),
+            f"{commit.epoch:.2f}",
+            str(commit.world_size),
+            size(commit.bytes),
+            f"{commit.time:%Y-%m-%d %H:%M:%S}",
+            metrics,
+        )
+    out.print(table)
+
+
+def _read(filename: str) -> DeepSpeedFineTune:
+    try:
+        text = sys.stdin.read() if filename == "-" else Path(filename).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        problem = Problem("--filename", f"cannot be read: {reason}", "name a manifest file", filename)
+        raise ManifestError(filename, (problem,)) from error
+    return parse(text, filename)
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return dict(os.environ)
+
+
+def _refuse_here(resource: DeepSpeedFineTune, filename: str, runtime: str) -> None:
+    problems: list[Problem] = []
+    if resource.spec.suspend:
+        problems.append(Problem("spec.suspend", "the run is suspended", "set it to false to run it here", True))
+    if runtime not in ("ray", "torchrun"):
+        problems.append(Problem("--runtime", "unknown runtime", "write ray or torchrun", runtime))
+    data = resource.spec.data
+    if runtime == "torchrun" and data is not None and data.loader == "ray-data":
+        problems.append(
+            Problem("spec.data.loader", "ray-data needs Ray", "write torch, or use --runtime ray", data.loader)
+        )
+    if problems:
+        raise ManifestError(filename, tuple(problems))
+
+
+def _find(resource: DeepSpeedFineTune, *, fresh: bool = False) -> LocalRun:
+    from dsft_trainer.errors import TrainerError
+
+    try:
+        return find_run(resource, runs_folder(), fresh=fresh)
+    except TrainerError as error:
+        err.print(escape(str(error)), style="red", highlight=False)
+        raise typer.Exit(error.exit_code) from error
+
+
+def _print_status(local: LocalRun, output: Format) -> None:
+    current = read_status(local)
+    if output is not Format.TEXT:
+        body = current.to_wire() if current is not None else {}
+        document({"status": body, "statusFile": str(local.status_file), "running": is_running(local)}, output)
+    elif current is not None:
+        _print_text(local, current)
+
+
+def _print_text(local: LocalRun, current: FineTuneStatus) -> None:
+    table = Table(box=None, show_header=False)
+    running = "running" if is_running(local) else "not running"
+    table.add_row("phase", f"{current.phase} ({running})")
+    table.add_row("message", escape(current.message or ""))
+    if current.progress is not None:
+        loss = f", loss {current.progress.loss:.4f}" if current.progress.loss is not None else ""
+        table.add_row("progress", f"step {current.progress.step}/{current.progress.total_steps}{loss}")
+    if current.evaluation is not None:
+        values = ", ".join(f"{name} {value:.4f}" for name, value in current.evaluation.metrics.items())
+        table.add_row("evaluation", f"step {current.evaluation.step}: {values}")
+    for checkpoint in current.checkpoints.retained if current.checkpoints else ():
+        table.add_row("checkpoint", checkpoint_line(checkpoint))
+    if current.output is not None:
+        table.add_row("output", f"{current.output.uri} ({size(current.output.bytes)})")
+    table.add_row("attempts", str(len(current.attempts)))
+    table.add_row("status", str(local.status_file))
+    out.print(table)
+
+
+def _print_end(local: LocalRun, code: int, log: Path, output: Format) -> None:
+    current = read_status(local)
+    if code != ExitCode.OK:
+        style = "yellow" if code == ExitCode.INTERRUPTED else "red"
+        err.print(escape(current.message if current and current.message else "failed"), style=style, highlight=False)
+        err.print(f"log: {log}", highlight=False)
+    if code == ExitCode.OK or output is not Format.TEXT:
+        _print_status(local, output)
+
+
+def main() -> None:
+    """The entry point."""
+    app()

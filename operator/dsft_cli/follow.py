@@ -1,0 +1,106 @@
+"""Runs the trainer of one attempt as a process, shows what it tells, and keeps status.yaml up to date."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from dsft_api.job import JOB_ENV, Job
+from dsft_api.progress import PROGRESS_FILE, Progress, TrainerPhase
+from dsft_api.resource import DeepSpeedFineTune
+from dsft_api.status import FineTuneStatus
+from dsft_cli.local_run import LocalRun
+from dsft_cli.local_status import status_of
+from dsft_cli.view import View
+
+POLL_SECONDS = 0.1
+
+
+def follow(run: LocalRun, job: Job, runtime: str, environment: Mapping[str, str], view: View) -> int:
+    """Run one attempt to its end; the trainer's exit code.
+
+    SIGINT and SIGTERM are passed on: the trainer commits and stops; a second one stops it at once.
+    """
+    log = run.log_file(job.attempt)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    run.channel.mkdir(parents=True, exist_ok=True)
+    (run.channel / PROGRESS_FILE).unlink(missing_ok=True)
+    with log.open("ab") as output:
+        trainer = subprocess.Popen(
+            [sys.executable, "-m", "dsft_trainer", "run", "--runtime", runtime],
+            env={**environment, JOB_ENV: job.to_json(), "DSFT_CHANNEL": str(run.channel)},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        _pass_signals_on(trainer, view, job)
+        return _watch(run, job, trainer, view)
+
+
+def _pass_signals_on(trainer: "subprocess.Popen[bytes]", view: View, job: Job) -> None:
+    def pass_on(number: int, frame: object) -> None:
+        view.say(
+            f"[yellow]stopping[/]: committing at the next step, {job.spec.checkpoint.drain_seconds} s at most;"
+            " once more to stop at once"
+        )
+        if trainer.poll() is None:
+            trainer.send_signal(signal.SIGTERM)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, pass_on)
+
+
+def _watch(run: LocalRun, job: Job, trainer: "subprocess.Popen[bytes]", view: View) -> int:
+    status = read_status(run)
+    logs = run.log_file(job.attempt).parent.as_uri()
+    seen = -1
+    progress: Progress | None = None
+    while True:
+        code = trainer.poll()
+        latest = _read_progress(run.channel / PROGRESS_FILE, job)
+        if latest is not None and latest.seq != seen:
+            seen, progress = latest.seq, latest
+            view.show(progress)
+            status = status_of(job, progress, status, logs=logs, now=datetime.now(UTC))
+            write_status(run, status)
+        if code is not None:
+            break
+        time.sleep(POLL_SECONDS)
+    # A process that a signal killed has a negative code, which is no exit code of ours.
+    code = code if code >= 0 else 1
+    progress = progress or Progress(
+        seq=0, run_uid=run.uid, attempt=job.attempt, phase=TrainerPhase.FAILED, updated_at=datetime.now(UTC)
+    )
+    write_status(run, status_of(job, progress, status, logs=logs, now=datetime.now(UTC), exit_code=code))
+    return code
+
+
+def _read_progress(path: Path, job: Job) -> Progress | None:
+    try:
+        progress = Progress.model_validate_json(path.read_text())
+    except (FileNotFoundError, ValidationError):
+        return None
+    return progress if progress.attempt == job.attempt else None
+
+
+def read_status(run: LocalRun) -> FineTuneStatus | None:
+    """What status.yaml says; None if there is none."""
+    if not run.status_file.exists():
+        return None
+    return DeepSpeedFineTune.model_validate(yaml.safe_load(run.status_file.read_text())).status
+
+
+def write_status(run: LocalRun, status: FineTuneStatus) -> None:
+    """Replace status.yaml: the resource as `kubectl get -o yaml` would show it."""
+    manifest = run.resource.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"status"})
+    text = yaml.safe_dump({**manifest, "status": status.to_wire()}, sort_keys=False)
+    temporary = run.status_file.with_suffix(f".{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(run.status_file)

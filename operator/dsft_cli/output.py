@@ -1,0 +1,54 @@
+"""How results are printed: for people, or as one JSON or YAML document for scripts."""
+
+import json
+import sys
+from enum import StrEnum
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.markup import escape
+
+from dsft_api.conditions import ExitCode
+from dsft_api.problem import ManifestError
+
+
+class Format(StrEnum):
+    """Values of --output."""
+
+    TEXT = "text"
+    JSON = "json"
+    YAML = "yaml"
+
+
+err = Console(stderr=True, soft_wrap=True)
+out = Console(soft_wrap=True)
+
+
+def document(value: Any, form: Format) -> None:  # noqa: ANN401  any JSON value
+    """Print one document to standard output."""
+    if form is Format.JSON:
+        sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    else:
+        sys.stdout.write(yaml.safe_dump(value, sort_keys=False))
+
+
+def refuse(error: ManifestError, form: Format) -> ExitCode:
+    """Print every problem of a manifest; the exit code."""
+    if form is Format.TEXT:
+        count = len(error.problems)
+        err.print(f"[red]{count} problem{'s' if count > 1 else ''}[/] in {escape(error.source)}")
+        err.print(escape(str(error)), highlight=False)
+    else:
+        problems = [
+            {
+                "field": problem.field,
+                "reason": str(problem.reason),
+                "message": problem.message,
+                "remedy": problem.remedy,
+                "line": problem.line,
+            }
+            for problem in error.problems
+        ]
+        document({"file": error.source, "valid": False, "problems": problems}, form)
+    return ExitCode.BAD_INPUT

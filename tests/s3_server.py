@@ -1,0 +1,173 @@
+"""A real S3 server for tests: SeaweedFS in one process, on free ports, with data in a folder of the test's own.
+
+It can be killed and comes back on the same ports with the same data, and dies with the test process however that ends.
+"""
+
+import json
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import boto3
+from botocore.client import BaseClient
+from botocore.exceptions import BotoCoreError, ClientError
+
+REGION = "us-east-1"
+START_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A pair of keys and what they may do."""
+
+    name: str
+    access_key: str
+    secret_key: str
+    actions: tuple[str, ...]
+
+
+ADMIN = Identity("admin", "dsft-admin", "dsft-admin-secret", ("Admin", "Read", "Write", "List", "Tagging"))
+READER = Identity("reader", "dsft-reader", "dsft-reader-secret", ("Read", "List"))
+
+
+@dataclass
+class S3Server:
+    """SeaweedFS's master, volume server, filer and S3 gateway in one process."""
+
+    folder: Path
+    ports: dict[str, int] = field(default_factory=dict)
+    process: subprocess.Popen[bytes] | None = None
+
+    @classmethod
+    def start(cls, folder: Path) -> "S3Server":
+        """Start on free ports with data in `folder`; returns when it answers."""
+        (folder / "data").mkdir(parents=True)
+        identities = [
+            {
+                "name": identity.name,
+                "credentials": [{"accessKey": identity.access_key, "secretKey": identity.secret_key}],
+                "actions": identity.actions,
+            }
+            for identity in (ADMIN, READER)
+        ]
+        (folder / "s3.json").write_text(json.dumps({"identities": identities}))
+        names = ("master", "volume", "filer", "s3")
+        ports = _free_ports(2 * len(names))
+        server = cls(folder, {name: ports.pop() for part in names for name in (f"{part}.port", f"{part}.port.grpc")})
+        server.restart()
+        return server
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.ports['s3.port']}"
+
+    def env(self, identity: Identity = ADMIN) -> dict[str, str]:
+        """The environment variables by which boto3 finds this server."""
+        return {
+            "AWS_ACCESS_KEY_ID": identity.access_key,
+            "AWS_SECRET_ACCESS_KEY": identity.secret_key,
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_REGION": REGION,
+            "AWS_DEFAULT_REGION": REGION,
+        }
+
+    def client(self) -> BaseClient:
+        """A plain boto3 client with all rights."""
+        return boto3.client(
+            "s3",
+            endpoint_url=self.endpoint,
+            region_name=REGION,
+            aws_access_key_id=ADMIN.access_key,
+            aws_secret_access_key=ADMIN.secret_key,
+        )
+
+    def make_bucket(self, name: str) -> str:
+        """Make a bucket (3 characters at least); its s3:// URI."""
+        self.client().create_bucket(Bucket=name)
+        return f"s3://{name}"
+
+    def stored_bytes(self) -> int:
+        """Size of the volume files: what has arrived, visible or not."""
+        return sum(path.stat().st_size for path in (self.folder / "data").glob("*.dat"))
+
+    def kill(self) -> None:
+        """SIGKILL, as when a machine goes away."""
+        if self.process:
+            self.process.kill()
+            self.process.wait(10)
+
+    def restart(self) -> None:
+        """Start again on the same ports and data; returns when it answers."""
+        self.kill()
+        with (self.folder / "weed.log").open("ab") as log:
+            self.process = subprocess.Popen(self._argv(), cwd=self.folder, stdout=log, stderr=log)
+        deadline = time.monotonic() + START_SECONDS
+        while not self._answers():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                tail = (self.folder / "weed.log").read_text(errors="replace")[-2000:]
+                raise RuntimeError(f"SeaweedFS did not start (exit code {self.process.poll()}):\n{tail}")
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """End it and remove its data."""
+        self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _argv(self) -> list[str]:
+        weed = Path(sys.executable).with_name("weed")
+        # The kernel kills the server with the thread that started it, so a killed test run leaves nothing behind.
+        setpriv = shutil.which("setpriv")
+        return [
+            *([setpriv, "--pdeathsig", "KILL"] if setpriv else []),
+            str(weed),
+            "server",
+            "-dir=data",
+            "-ip=127.0.0.1",
+            "-ip.bind=127.0.0.1",
+            *(f"-{name}={port}" for name, port in self.ports.items()),
+            "-s3",
+            "-s3.config=s3.json",
+            "-s3.autoCreateBucket=false",
+            "-s3.iam=false",
+            "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
+            "-filer.localSocket=filer.sock",
+            "-s3.localSocket=s3.sock",
+            "-master.telemetry=false",
+            "-master.volumeSizeLimitMB=256",
+            "-volume.max=0",
+            "-volume.preStopSeconds=0",
+        ]
+
+    def _answers(self) -> bool:
+        """Listing the buckets needs the filer; /healthz answers before it is there."""
+        try:
+            urllib.request.urlopen(f"{self.endpoint}/healthz", timeout=1).close()
+            self.client().list_buckets()
+        except (OSError, BotoCoreError, ClientError):
+            return False
+        return True
+
+
+def _free_ports(count: int) -> list[int]:
+    """Free ports below the range for outgoing connections.
+
+    From that range another connection, even the client's own retry, could take the port while the server is down.
+    """
+    found: list[int] = []
+    for port in random.sample(range(15000, 32000), 1000):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        found.append(port)
+        if len(found) == count:
+            return found
+    raise RuntimeError("no free ports")

@@ -1,0 +1,1 @@
+"""Checkpoints: the store that holds them, and the protocol by which one becomes valid."""

@@ -1,0 +1,65 @@
+"""The few collectives of the trainer, over the default process group.
+
+Every rank calls each of them the same number of times in the same order: decisions (stop, save, diverged) are taken from
+reduced values, never from local ones, since a rank that branches alone leaves its peers waiting.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dsft_trainer.errors import TrainerError, failure_of
+
+T = TypeVar("T")
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    dist.barrier()
+
+
+def all_sum(values: list[float], device: torch.device) -> list[float]:
+    """Sum each value over all ranks, in float64."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def broadcast(value: T | None) -> T:
+    """Rank 0's value on every rank. Picklable."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]  # type: ignore[return-value]
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value on every rank, by rank."""
+    values: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
+
+
+def together(action: Callable[[], T]) -> T:
+    """Run a rank-local action on all ranks, and fail on all of them if it failed on any.
+
+    Without this the peers of a rank that could not, say, download its shard would wait in the next collective until it
+    times out, and the run would end as a hang instead of with the reason.
+    """
+    result: T | None = None
+    failed: TrainerError | None = None
+    try:
+        result = action()
+    except Exception as error:  # noqa: BLE001  raised again below, on every rank
+        failed = failure_of(error)
+    failures = [failure for failure in gather(failed) if failure is not None]
+    if failures:
+        raise failed or failures[0]
+    return result  # type: ignore[return-value]
+
+
+def on_first(is_first: bool, action: Callable[[], T]) -> T:
+    """Run an action on rank 0 only; its result, or its failure, on every rank."""
+    box = together(lambda: action() if is_first else None)
+    return broadcast(box)

@@ -1,0 +1,118 @@
+"""Which rows each rank sees at each step. Pure numpy, and a function of (seed, step) alone.
+
+The global batch does not depend on the number of ranks, and any step can be asked for directly: a run resumes at its
+step, on more or fewer ranks, with nothing to skip and nothing to store.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from dsft_api.conditions import FailureClass
+from dsft_trainer.errors import TrainerError
+
+Indices = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+
+# Keeps the hold-out's random stream apart from those of the epochs.
+_HOLD_OUT = 0x5EED
+
+
+@functools.lru_cache(maxsize=4)
+def permutation(seed: int, epoch: int, n: int) -> Indices:
+    """A permutation of range(n), read-only; another one for each epoch."""
+    order = _shuffled((seed, epoch), n)
+    order.flags.writeable = False
+    return order
+
+
+def _shuffled(key: tuple[int, ...], n: int) -> Indices:
+    # numpy keeps the raw words of a bit generator stable over versions, but not `Generator.permutation` (NEP 19), and a
+    # resumed run may meet another numpy.
+    words = np.random.Philox(np.random.SeedSequence(key)).random_raw(n)
+    return np.argsort(words, kind="stable")
+
+
+@dataclass(frozen=True)
+class GlobalBatches:
+    """The global batch of every optimizer step. The last, incomplete batch of an epoch is dropped.
+
+    `step` samples consumed are `step * global_batch_size`.
+
+    Raises:
+        TrainerError: DataInvalid if there are fewer rows than one batch needs.
+    """
+
+    n: int
+    global_batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.n < self.global_batch_size:
+            raise TrainerError(
+                FailureClass.DATA_INVALID,
+                f"the training data has {self.n} rows, fewer than spec.training.globalBatchSize"
+                f" {self.global_batch_size}",
+                f"lower globalBatchSize to {self.n} or less, or add rows",
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full batches in one pass over the rows."""
+        return self.n // self.global_batch_size
+
+    def batch(self, step: int) -> Indices:
+        """The `global_batch_size` row indices of optimizer step `step`, counted from 0."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        start = position * self.global_batch_size
+        return permutation(self.seed, epoch, self.n)[start : start + self.global_batch_size]
+
+
+def split(indices: Indices, rank: int, world_size: int, micro_batch_size: int) -> list[Indices]:
+    """This rank's share of a global batch: one array of `micro_batch_size` indices per gradient-accumulation step.
+
+    Raises:
+        TrainerError: ConfigInvalid if the batch does not divide evenly.
+    """
+    per_micro_step = world_size * micro_batch_size
+    if len(indices) % per_micro_step:
+        raise TrainerError(
+            FailureClass.CONFIG_INVALID,
+            f"spec.training.globalBatchSize {len(indices)} is not a multiple of {world_size} ranks"
+            f" x spec.execution.microBatchSize {micro_batch_size}",
+            f"use a multiple of {per_micro_step}, or other numbers of ranks or microBatchSize",
+        )
+    return list(indices.reshape(-1, world_size, micro_batch_size)[:, rank])
+
+
+def eval_batches(n: int, rank: int, world_size: int, batch_size: int) -> list[tuple[Indices, Mask]]:
+    """This rank's share of range(n), as (indices, valid), each of length `batch_size`.
+
+    Every rank gets the same number of batches, since each forward is a collective under ZeRO-3. Where rows run out a row
+    is repeated with valid False, so that each row counts exactly once over all ranks.
+    """
+    batches = -(-n // (world_size * batch_size))
+    slots = np.arange(batches * world_size * batch_size).reshape(batches, world_size, batch_size)[:, rank]
+    return [(np.minimum(row, n - 1), row < n) for row in slots]
+
+
+def split_eval(table: pa.Table, fraction: float, seed: int) -> tuple[pa.Table, pa.Table]:
+    """(train, eval): `fraction` of the rows, at least one, held out by the seed; both keep the order of the table.
+
+    Raises:
+        TrainerError: DataInvalid if no row would be left to train on.
+    """
+    rows = table.num_rows
+    held_out = max(1, round(rows * fraction))
+    if held_out >= rows:
+        raise TrainerError(
+            FailureClass.DATA_INVALID,
+            f"spec.data.evalFraction {fraction} holds out all of the {rows} rows",
+            "add rows, or give spec.data.eval instead",
+        )
+    is_held_out = np.zeros(rows, dtype=bool)
+    is_held_out[_shuffled((seed, _HOLD_OUT, rows), rows)[:held_out]] = True
+    return table.filter(pa.array(~is_held_out)), table.filter(pa.array(is_held_out))

@@ -1,0 +1,180 @@
+"""One attempt as a process: check what can be checked, start the ranks, and end with an exit code that says how it went.
+
+Runs on the Ray head (or here, with `dsft run`). SIGINT and SIGTERM ask the ranks to commit and stop; a second one, or
+`checkpoint.drainSeconds` without a commit, ends the process at once.
+"""
+
+import fcntl
+import importlib
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO
+
+from pydantic import ValidationError
+
+from dsft_api.conditions import ExitCode, FailureClass
+from dsft_api.job import CONTRACT, JOB_ENV, Job
+from dsft_api.progress import PROGRESS_FILE, Progress, TrainerPhase
+from dsft_trainer.checkpoint.store import open_store
+from dsft_trainer.errors import TrainerError, failure_of
+from dsft_trainer.preflight import preflight
+from dsft_trainer.progress import starting
+from dsft_trainer.runtime import Outcome
+from dsft_trainer.runtime.channel import Channel
+
+log = logging.getLogger(__name__)
+
+# Set before Ray is imported. A training run of minutes must not wait seconds for polls, and a private Ray says nothing home.
+_RAY_DEFAULTS = {
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def run(runtime: str) -> int:
+    """Do the attempt that DSFT_JOB describes; the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    for name, value in _RAY_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    channel = Channel(Path(os.environ.get("DSFT_CHANNEL") or tempfile.mkdtemp(prefix="dsft-channel-")))
+    try:
+        job = read_job(os.environ)
+    except TrainerError as error:
+        log.error("%s", error)  # noqa: TRY400  the message is the whole story
+        return error.exit_code
+    try:
+        with only_one(channel.folder):
+            channel.reset()
+            channel.publish(starting(job.run.uid, job.attempt).model_dump_json(by_alias=True, exclude_none=True))
+            outcome = _attempt(job, channel, runtime)
+    except Exception as error:  # noqa: BLE001  the edge of the process
+        failure = failure_of(error)
+        log.error("%s", failure)  # noqa: TRY400
+        _record(job, channel, failure)
+        return failure.exit_code
+    return ExitCode.INTERRUPTED if outcome is Outcome.INTERRUPTED else ExitCode.OK
+
+
+def read_job(environment: os._Environ[str]) -> Job:
+    """The job in the environment.
+
+    Raises:
+        TrainerError: ConfigInvalid if there is none, or it is of another contract.
+    """
+    text = environment.get(JOB_ENV)
+    if not text:
+        raise TrainerError(FailureClass.CONFIG_INVALID, f"{JOB_ENV} is not set", "start runs with `dsft run -f FILE`")
+    try:
+        job = Job.model_validate_json(text)
+    except ValidationError as error:
+        raise TrainerError(FailureClass.CONFIG_INVALID, f"{JOB_ENV} is no job: {error}") from error
+    if job.contract != CONTRACT:
+        side = "trainer image" if job.contract > CONTRACT else "operator"
+        raise TrainerError(
+            FailureClass.CONFIG_INVALID,
+            f"the job speaks contract {job.contract}, this trainer {CONTRACT}",
+            f"upgrade the {side}",
+        )
+    return job
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold the run's lock on this machine, for as long as the process lives.
+
+    Raises:
+        TrainerError: ConfigInvalid if another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise TrainerError(
+                FailureClass.CONFIG_INVALID,
+                f"this run is running already, in process {_first_line(lock)}",
+                "wait for it, or stop it; `dsft status` shows it",
+            ) from error
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def _first_line(stream: IO[str]) -> str:
+    stream.seek(0)
+    return stream.readline().strip() or "unknown"
+
+
+def _attempt(job: Job, channel: Channel, runtime: str) -> Outcome:
+    with tempfile.TemporaryDirectory(prefix="dsft-preflight-") as cache:
+        preflight(job, Path(cache))
+    _stop_on_signals(channel, job.spec.checkpoint.drain_seconds)
+    # Imported by name: the torchrun runtime must work where Ray is not installed.
+    launcher = importlib.import_module(f"dsft_trainer.runtime.{runtime}")
+    return launcher.launch(job, channel)
+
+
+def _stop_on_signals(channel: Channel, drain_seconds: int) -> None:
+    def stop(number: int, frame: object) -> None:  # noqa: ARG001  a signal handler
+        if channel.drain_requested():
+            log.warning("second signal: stopping at once, without a commit")
+            os._exit(ExitCode.INTERRUPTED)
+        log.info(
+            "%s: asking the ranks to commit and stop, for %s s at most", signal.Signals(number).name, drain_seconds
+        )
+        channel.request_drain()
+        timer = threading.Timer(drain_seconds, os._exit, (ExitCode.INTERRUPTED,))
+        timer.daemon = True
+        timer.start()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+
+def _record(job: Job, channel: Channel, failure: TrainerError) -> None:
+    """Write the failure into the progress document, here and in storage."""
+    path = channel.folder / PROGRESS_FILE
+    progress = Progress.model_validate_json(path.read_text()) if path.exists() else starting(job.run.uid, job.attempt)
+    progress = progress.model_copy(
+        update={
+            "seq": progress.seq + 1,
+            "phase": TrainerPhase.FAILED,
+            "failure": failure.report(),
+            "updated_at": datetime.now(UTC),
+        }
+    )
+    text = progress.model_dump_json(by_alias=True, exclude_none=True)
+    channel.publish(text)
+    if failure.failure_class is FailureClass.STORAGE_DENIED:
+        return
+    try:
+        storage = job.spec.storage
+        store = open_store(job.storage_prefix, endpoint_url=storage.endpoint_url, region=storage.region)
+        store.put_bytes("progress.json", text.encode())
+    except Exception as error:  # noqa: BLE001  the failure itself is what matters
+        log.warning("progress.json could not be written: %s", error)
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m dsft_trainer run [--runtime ray|torchrun]`."""
+    match arguments:
+        case ["run"]:
+            return run("ray")
+        case ["run", "--runtime", ("ray" | "torchrun") as runtime]:
+            return run(runtime)
+        case _:
+            sys.stderr.write("usage: python -m dsft_trainer run [--runtime ray|torchrun]\n")
+            return ExitCode.BAD_INPUT

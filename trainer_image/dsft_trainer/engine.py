@@ -1,0 +1,203 @@
+"""The DeepSpeed ZeRO-3 engine: its configuration, its optimizer, and the state it saves and loads.
+
+The optimizer is torch's own AdamW over DeepSpeed's partitions: DeepSpeed's fused one would start a compiler on first use.
+"""
+
+import math
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dsft_api.batch import BatchPlan
+from dsft_api.conditions import FailureClass
+from dsft_api.spec import FineTuneSpec
+from dsft_api.spec.identity import OptimizerSpec, ScheduleSpec
+from dsft_trainer.errors import TrainerError
+
+
+def deepspeed_config(spec: FineTuneSpec, plan: BatchPlan) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run: ours, with `spec.deepspeed.config` merged in."""
+    training = spec.workload().training
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+        "gradient_clipping": training.gradient_clipping,
+        "bf16": {"enabled": training.precision == "bf16"},
+        "fp16": {"enabled": training.precision == "fp16"},
+        "zero_optimization": {"stage": spec.deepspeed.stage},
+    }
+    return merged(ours, spec.deepspeed.config)
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, objects key by key."""
+    result = dict(base)
+    for key, value in over.items():
+        below = result.get(key)
+        result[key] = merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def lr_factor(schedule: ScheduleSpec, total_steps: int) -> Callable[[int], float]:
+    """Learning rate as a share of its peak, by number of steps done (0 before the first)."""
+    warmup, floor = schedule.warmup_steps, schedule.min_lr_ratio
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        if schedule.type == "constant":
+            return 1.0
+        if schedule.type == "linear":
+            return floor + (1 - floor) * (1 - done)
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+    return factor
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices are decayed, biases and norm weights are not. Under zero.Init the true shape is `ds_shape`."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2]
+    others = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What one optimizer step did."""
+
+    applied: bool
+    grad_norm: float | None
+    learning_rate: float
+
+
+class Engine:
+    """DeepSpeed's engine of this rank, and everything else that a checkpoint must hold of it."""
+
+    def __init__(self, deepspeed_engine: Any, model: nn.Module, device: torch.device) -> None:  # noqa: ANN401
+        self.deepspeed = deepspeed_engine
+        self.model = model
+        self.device = device
+
+    def forward(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The model's logits."""
+        return self.deepspeed(**{name: tensor.to(self.device) for name, tensor in inputs.items()}).logits
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate gradients. DeepSpeed divides by the accumulation steps and averages over ranks."""
+        self.deepspeed.backward(loss)
+
+    def micro_step(self) -> None:
+        """Close a micro-step that is not the last of its batch."""
+        self.deepspeed.step()
+
+    def step(self) -> StepInfo:
+        """Close the last micro-step: clip, update, advance the schedule."""
+        learning_rate = float(self.deepspeed.get_lr()[0])
+        self.deepspeed.step()
+        norm = self.deepspeed.get_global_grad_norm()
+        grad_norm = float(norm) if norm is not None else None
+        if grad_norm is not None and not math.isfinite(grad_norm):
+            grad_norm = None
+        return StepInfo(bool(self.deepspeed.was_step_applied()), grad_norm, learning_rate)
+
+    def train(self) -> None:
+        """Switch dropout on."""
+        self.deepspeed.train()
+
+    def eval(self) -> None:
+        """Switch dropout off."""
+        self.deepspeed.eval()
+
+    def rng_state(self) -> dict[str, Any]:
+        """All random generators that training draws from, on this rank."""
+        return {
+            "python": random.getstate(),
+            "numpy": np.random.get_state(),
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+
+    def set_rng_state(self, state: Mapping[str, Any]) -> None:
+        """Put them back."""
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        torch.set_rng_state(state["torch"])
+        if state["cuda"] is not None:
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Write this rank's ZeRO shards and RNG into `folder/tag`. Collective."""
+        folder.mkdir(parents=True, exist_ok=True)
+        # Each rank has a folder of its own, and DeepSpeed makes the tag's folder on rank 0 only.
+        (folder / tag).mkdir(exist_ok=True)
+        self.deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        torch.save(self.rng_state(), folder / tag / f"rng-{dist.get_rank()}.pt")
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Take the state over from `folder/tag`. Collective; only for a fresh engine."""
+        path, _ = self.deepspeed.load_checkpoint(str(folder), tag=tag)
+        if path is None:
+            raise TrainerError(FailureClass.UNKNOWN, f"DeepSpeed found nothing to load in checkpoint {tag}")
+        # Our own file, its digest checked against the commit: not a foreign pickle.
+        self.set_rng_state(torch.load(folder / tag / f"rng-{dist.get_rank()}.pt", weights_only=False))
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        """All weights gathered, on rank 0's CPU; empty elsewhere. Collective."""
+        return self.deepspeed._zero3_consolidated_16bit_state_dict() or {}
+
+
+def without_shm_op() -> None:
+    """Keep DeepSpeed's CPU backend from compiling its shared-memory op when the process group starts.
+
+    The op only serves `inference_all_reduce`; there is no public switch (DeepSpeed 0.19, comm/torch.py).
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def start_engine(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    optimizer: OptimizerSpec,
+    schedule: ScheduleSpec,
+    total_steps: int,
+    device: torch.device,
+) -> Engine:
+    """`deepspeed.initialize` for a model that was built under zero.Init.
+
+    Raises:
+        TrainerError: ConfigInvalid if what came out is not DeepSpeed at the stage that was asked for.
+    """
+    import deepspeed
+
+    adamw = torch.optim.AdamW(
+        _parameter_groups(model, optimizer.weight_decay),
+        lr=optimizer.learning_rate,
+        betas=(optimizer.betas[0], optimizer.betas[1]),
+        eps=optimizer.epsilon,
+        fused=device.type == "cuda",
+    )
+    factor = lr_factor(schedule, total_steps)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=adamw,
+        lr_scheduler=lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, factor),
+        config=dict(config),
+    )
+    stage = config["zero_optimization"]["stage"]
+    if engine.zero_optimization_stage() != stage:
+        raise TrainerError(
+            FailureClass.CONFIG_INVALID, f"DeepSpeed runs at ZeRO stage {engine.zero_optimization_stage()}, not {stage}"
+        )
+    return Engine(engine, model, device)

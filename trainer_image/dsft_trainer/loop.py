@@ -1,0 +1,198 @@
+"""The training loop: batches, forward, backward, step, evaluate, checkpoint, report.
+
+It knows torch.distributed and DeepSpeed's engine, not who started the ranks. The position in the data is the number of global
+samples consumed, a function of the step alone, so resuming is starting at another step.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from dsft_api.conditions import FailureClass
+from dsft_api.progress import TrainerPhase
+from dsft_api.status import EvaluationStatus
+from dsft_trainer import collectives
+from dsft_trainer.checkpoint.checkpointer import Checkpointer, references
+from dsft_trainer.data.collate import Collator
+from dsft_trainer.data.indexed import IndexedDataset
+from dsft_trainer.data.sampler import GlobalBatches, split
+from dsft_trainer.engine import Engine, StepInfo
+from dsft_trainer.errors import TrainerError
+from dsft_trainer.evaluate import Evaluator
+from dsft_trainer.losses import nll
+from dsft_trainer.metrics import MetricsLog
+from dsft_trainer.progress import Pace, Reporter, SilentReporter, progress_status
+from dsft_trainer.runtime import Outcome, Place
+
+# Steps in a row that DeepSpeed did not apply, since a gradient was not finite, before the run counts as diverged.
+MAX_SKIPPED_STEPS = 5
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """At which steps something is due. Steps are counted from 1, when they are done."""
+
+    total_steps: int
+    steps_per_epoch: int
+    evaluate_every: int | None
+    save_every: int
+
+    def evaluation_due(self, step: int) -> bool:
+        """Whether to evaluate after this step. The end always is, when there is anything to evaluate."""
+        return self.evaluate_every is not None and (step % self.evaluate_every == 0 or step == self.total_steps)
+
+    def save_due(self, step: int) -> bool:
+        """Whether to commit after this step. The end always is."""
+        return step % self.save_every == 0 or step == self.total_steps
+
+
+@dataclass
+class Trainer:
+    """Everything that the loop works with; `run` is the loop."""
+
+    engine: Engine
+    dataset: IndexedDataset
+    batches: GlobalBatches
+    collator: Collator
+    evaluator: Evaluator | None
+    checkpointer: Checkpointer
+    schedule: Schedule
+    place: Place
+    reporter: Reporter | SilentReporter
+    metrics: MetricsLog | None
+    task: str
+    micro_batch_size: int
+    drain_requested: Callable[[], bool]
+    beat: Callable[[], None]
+    storage_prefix: str
+    pace: Pace = field(default_factory=Pace)
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+    def run(self, first_step: int) -> Outcome:
+        """Train from `first_step` (steps already done) to the end. Collective.
+
+        Returns INTERRUPTED when the launcher asked for a stop; the state is committed then.
+
+        Raises:
+            TrainerError: Diverged, when the loss is not finite or gradients stay so.
+        """
+        self.engine.train()
+        self.pace.pause()
+        for step in range(first_step + 1, self.schedule.total_steps + 1):
+            stop = self._train_step(step)
+            metrics = self._evaluate(step) if self.schedule.evaluation_due(step) else {}
+            stop_now = stop and step < self.schedule.total_steps
+            if self.schedule.save_due(step) or stop_now or self._is_best(metrics):
+                self._save(step, metrics)
+            if stop_now:
+                return Outcome.INTERRUPTED
+        return Outcome.SUCCEEDED
+
+    def _train_step(self, step: int) -> bool:
+        """One optimizer step; whether any rank was asked to stop."""
+        indices = self.batches.batch(step - 1)
+        weight = int(self.dataset.weights[indices].sum())
+        micro_steps = split(indices, self.place.rank, self.place.world_size, self.micro_batch_size)
+        # DeepSpeed divides by the accumulation steps and averages over ranks: undo both, and divide by the whole weight.
+        scale = self.place.world_size * len(micro_steps) / weight
+        summed = torch.zeros((), dtype=torch.float64, device=self.engine.device)
+        tokens = 0
+        for i, rows in enumerate(micro_steps):
+            batch = self.collator([self.dataset[int(row)] for row in rows])
+            loss = nll(self.task, self.engine.forward(batch.inputs), batch.labels.to(self.engine.device))
+            self.engine.backward(loss * scale)
+            summed += loss.detach()
+            tokens += batch.tokens
+            if i + 1 < len(micro_steps):
+                self.engine.micro_step()
+            self.beat()
+        total, tokens, stops = collectives.all_sum(
+            [float(summed), tokens, float(self.drain_requested())], self.engine.device
+        )
+        if not math.isfinite(total):
+            raise TrainerError(
+                FailureClass.DIVERGED, f"the loss of step {step} is {total}; the last checkpoint is from before it"
+            )
+        info = self.engine.step()
+        self._count_skips(step, info)
+        self._report(step, total / weight, int(tokens), info)
+        return stops > 0
+
+    def _count_skips(self, step: int, info: StepInfo) -> None:
+        self.skipped += not info.applied
+        self.skipped_in_a_row = 0 if info.applied else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+            raise TrainerError(
+                FailureClass.DIVERGED,
+                f"gradients were not finite in {MAX_SKIPPED_STEPS} steps in a row, up to step {step}",
+            )
+
+    def _report(self, step: int, loss: float, tokens: int, info: StepInfo) -> None:
+        self.pace.step(tokens)
+        if self.metrics is not None:
+            values = {"loss": loss, "learning_rate": info.learning_rate, "tokens": tokens}
+            if info.grad_norm is not None:
+                values["grad_norm"] = info.grad_norm
+            if self.pace.tokens_per_second is not None:
+                values["tokens_per_second"] = round(self.pace.tokens_per_second, 1)
+            self.metrics.write("train", step, values)
+        self.reporter.update(
+            now=False,
+            phase=TrainerPhase.TRAINING,
+            progress=progress_status(
+                step=step,
+                total_steps=self.schedule.total_steps,
+                epoch=self._epoch(step),
+                loss=loss,
+                learning_rate=info.learning_rate,
+                pace=self.pace,
+            ),
+            grad_norm=info.grad_norm,
+            skipped_steps=self.skipped,
+        )
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        if self.evaluator is None:
+            return {}
+        self.reporter.update(phase=TrainerPhase.EVALUATING)
+        metrics = self.evaluator(self.engine)
+        if self.metrics is not None:
+            self.metrics.write("eval", step, metrics)
+        self.reporter.update(evaluation=EvaluationStatus(step=step, metrics=metrics))
+        self.pace.pause()
+        return metrics
+
+    def _is_best(self, metrics: dict[str, float]) -> bool:
+        """Whether this evaluation beats all committed ones, and best checkpoints are kept."""
+        policy = self.checkpointer.retention
+        if policy.keep_best == 0 or policy.metric not in metrics:
+            return False
+        others = [
+            commit.metrics[policy.metric] for commit in self.checkpointer.commits if policy.metric in commit.metrics
+        ]
+        value = metrics[policy.metric]
+        return not others or (value > max(others) if policy.larger_is_better else value < min(others))
+
+    def _save(self, step: int, metrics: dict[str, float]) -> None:
+        self.reporter.update(phase=TrainerPhase.SAVING)
+        if self.metrics is not None:
+            self.metrics.upload()
+        self.checkpointer.save(
+            self.engine,
+            step=step,
+            samples=step * self.batches.global_batch_size,
+            epoch=self._epoch(step),
+            metrics=metrics,
+        )
+        self.beat()
+        self.pace.pause()
+        self.reporter.update(
+            phase=TrainerPhase.TRAINING,
+            checkpoints=references(self.storage_prefix, self.checkpointer.commits, self.checkpointer.retention),
+        )
+
+    def _epoch(self, step: int) -> float:
+        return step / self.schedule.steps_per_epoch

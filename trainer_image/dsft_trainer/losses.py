@@ -1,0 +1,27 @@
+"""Losses as sums, so that they can be weighted right over micro-batches and ranks.
+
+A mean of means is wrong when micro-batches hold different numbers of trained tokens. Here each micro-batch gives the sum of
+its negative log-likelihoods, and the step divides by the weight of the whole global batch, which every rank knows from the
+data set without asking.
+"""
+
+import torch
+from torch.nn import functional
+
+from dsft_trainer.data.tokens import IGNORED
+
+
+def classification_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum over rows. logits: [batch, classes]; labels: [batch] int64, IGNORED for padding rows."""
+    return functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+
+
+def causal_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum over trained tokens. logits: [batch, length, vocabulary]; labels: [batch, length], not yet shifted."""
+    shifted = logits[:, :-1].float().flatten(0, 1)
+    return functional.cross_entropy(shifted, labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def nll(task: str, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The task's loss, summed."""
+    return causal_nll(logits, labels) if task == "causal-lm" else classification_nll(logits, labels)

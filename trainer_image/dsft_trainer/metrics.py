@@ -1,0 +1,52 @@
+"""Metrics of one group start: a JSON line per step and evaluation, and TensorBoard events if wanted. Rank 0 only.
+
+Objects cannot grow, so lines are stored in parts, `metrics/<claim>-<n>.jsonl`, one per upload. A checkpoint is preceded by
+an upload: the line of every committed step is in storage.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from dsft_trainer.checkpoint.store import Store
+
+
+class MetricsLog:
+    """Collects lines and events between uploads."""
+
+    def __init__(self, store: Store, claim: str, folder: Path, *, tensorboard: bool) -> None:
+        self._store = store
+        self._claim = claim
+        self._lines: list[str] = []
+        self._parts = 0
+        self._events_folder = folder / "tensorboard"
+        self._events = None
+        if tensorboard:
+            # Imported here: it takes half a second, on one rank only.
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            self._events = SummaryWriter(str(self._events_folder))
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Add one line; `kind` is train or eval, values are finite."""
+        self._lines.append(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(f"{kind}/{name}", value, step)
+
+    def upload(self) -> None:
+        """Bring storage up to date."""
+        if self._lines:
+            self._store.put_bytes(f"metrics/{self._claim}-{self._parts:05d}.jsonl", "".join(self._lines).encode())
+            self._parts += 1
+            self._lines.clear()
+        if self._events is not None:
+            self._events.flush()
+            for path in self._events_folder.iterdir():
+                self._store.put_bytes(f"tensorboard/{self._claim}/{path.name}", path.read_bytes())
+
+    def close(self) -> None:
+        """Bring storage up to date for the last time."""
+        self.upload()
+        if self._events is not None:
+            self._events.close()

@@ -1,0 +1,73 @@
+"""What can go wrong and be seen without GPUs, torch or Ray: found in a second, before anything is started."""
+
+import json
+from pathlib import Path
+
+from dsft_api.batch import BatchError, plan_batch
+from dsft_api.conditions import FailureClass
+from dsft_api.job import Job
+from dsft_trainer.checkpoint.store import check_writable, open_store
+from dsft_trainer.data.formats import eval_source
+from dsft_trainer.data.prepare import load
+from dsft_trainer.data.sampler import GlobalBatches
+from dsft_trainer.data.sources import fetch
+from dsft_trainer.errors import TrainerError
+
+REMOTE = ("hf://", "s3://")
+
+
+def preflight(job: Job, cache: Path) -> None:
+    """Check batch sizes, storage, model folder and data.
+
+    Raises:
+        TrainerError: ConfigInvalid, StorageDenied, ModelDenied or DataInvalid, naming field, value and remedy.
+    """
+    spec = job.spec
+    training = spec.workload().training
+    try:
+        plan_batch(training.global_batch_size, job.ranks.count, spec.execution.micro_batch_size)
+    except BatchError as error:
+        raise TrainerError(
+            FailureClass.CONFIG_INVALID, f"spec.training.globalBatchSize: {error.message}", error.remedy
+        ) from error
+    if training.precision == "fp16" and job.ranks.device == "cpu":
+        raise TrainerError(
+            FailureClass.CONFIG_INVALID,
+            "spec.training.precision: fp16 runs on GPUs only, and this run is on CPU",
+            "write bf16 or fp32 instead",
+        )
+    check_writable(open_store(job.storage_prefix, endpoint_url=spec.storage.endpoint_url, region=spec.storage.region))
+    _check_model(job, cache / "model")
+    _check_data(job, cache / "data")
+
+
+def _check_model(job: Job, cache: Path) -> None:
+    """Local folders only: a Hub model is fetched once, by the ranks."""
+    model = job.spec.workload().model
+    if model.uri.startswith(REMOTE):
+        return
+    folder = fetch(model.uri, storage=job.spec.storage, cache=cache, revision=model.revision, kind="model")
+    _check_chat_template(job, folder)
+
+
+def _check_chat_template(job: Job, folder: Path) -> None:
+    work = job.spec.workload()
+    if work.train.format != "messages" or work.data.chat_template is not None:
+        return
+    config = folder / "tokenizer_config.json"
+    in_config = config.is_file() and json.loads(config.read_text()).get("chat_template")
+    if not in_config and not (folder / "chat_template.jinja").is_file():
+        raise TrainerError(
+            FailureClass.DATA_INVALID,
+            "spec.data.train.format is messages, and the model's tokenizer has no chat template",
+            "set spec.data.chatTemplate.fromModel to an instruct model, or spec.data.chatTemplate.template",
+        )
+
+
+def _check_data(job: Job, cache: Path) -> None:
+    """Local files only: what must be downloaded is read once, by the ranks."""
+    work = job.spec.workload()
+    sources = [work.train, *filter(None, [eval_source(work.data)])]
+    if any(source.uri.startswith(REMOTE) for source in sources):
+        return
+    GlobalBatches(load(job, cache)["train"].table.num_rows, work.training.global_batch_size, work.training.seed)

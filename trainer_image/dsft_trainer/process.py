@@ -1,0 +1,41 @@
+"""What must be set in a rank's process before torch's and DeepSpeed's first work: accelerator, threads, no compiler."""
+
+import logging
+import os
+import warnings
+from typing import TYPE_CHECKING
+
+from dsft_api.job import Job
+
+if TYPE_CHECKING:
+    import torch
+
+
+def prepare_process(job: Job) -> None:
+    """Pin device and threads of this process. Call before deepspeed is imported."""
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s rank=" + os.environ.get("RANK", "?") + " %(message)s",
+    )
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ["DS_ACCELERATOR"] = job.ranks.device
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["OMP_NUM_THREADS"] = str(job.ranks.threads)
+    import torch
+
+    torch.set_num_threads(job.ranks.threads)
+    if job.ranks.device == "cpu":
+        from dsft_trainer.engine import without_shm_op
+
+        without_shm_op()
+
+
+def torch_device(job: Job, local_rank: int) -> "torch.device":
+    """This rank's device, made current."""
+    import torch
+
+    if job.ranks.device == "cpu":
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

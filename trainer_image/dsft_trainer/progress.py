@@ -1,0 +1,142 @@
+"""Rank 0's account of the attempt: keeps the current Progress and hands it on, to the launcher and to storage.
+
+Training never waits for it: the launcher takes the newest document without blocking, and storage is written by a thread that
+counts its errors and goes on. Both are throttled, but a new phase, a commit or an evaluation is told at once.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from dsft_api.progress import Progress, TrainerPhase
+from dsft_api.status import ProgressStatus
+from dsft_trainer.checkpoint.store import Store
+
+log = logging.getLogger(__name__)
+
+PUBLISH_SECONDS = 0.5
+STORE_SECONDS = 15.0
+
+
+class Reporter:
+    """The progress of one group start. Only rank 0 has a real one; see `SilentReporter`."""
+
+    def __init__(self, progress: Progress, publish: Callable[[str], None], store: Store) -> None:
+        self._progress = progress
+        self._publish = publish
+        self._store = store
+        self._published = 0.0
+        self._changed = threading.Event()
+        self._closed = False
+        self._thread = threading.Thread(target=self._write_to_storage, name="progress", daemon=True)
+        self._thread.start()
+
+    @property
+    def progress(self) -> Progress:
+        """The current document."""
+        return self._progress
+
+    def update(self, *, now: bool = True, **changes: Any) -> None:  # noqa: ANN401  fields of Progress
+        """Change fields of the document and pass it on; with `now=False` only if the last time is a while ago."""
+        self._progress = self._progress.model_copy(
+            update={**changes, "seq": self._progress.seq + 1, "updated_at": datetime.now(UTC)}
+        )
+        if now or time.monotonic() - self._published >= PUBLISH_SECONDS:
+            self._published = time.monotonic()
+            self._publish(self._progress.model_dump_json(by_alias=True, exclude_none=True))
+            self._changed.set()
+
+    def close(self) -> None:
+        """Write the last document to storage and stop."""
+        self._closed = True
+        self._changed.set()
+        self._thread.join(timeout=30)
+
+    def _write_to_storage(self) -> None:
+        while not self._closed:
+            self._changed.wait()
+            self._changed.clear()
+            self._put()
+            # Throttle, but do not sleep through the end.
+            deadline = time.monotonic() + STORE_SECONDS
+            while not self._closed and time.monotonic() < deadline:
+                time.sleep(0.1)
+        self._put()
+
+    def _put(self) -> None:
+        try:
+            self._store.put_bytes(
+                "progress.json", self._progress.model_dump_json(by_alias=True, exclude_none=True, indent=1).encode()
+            )
+        except Exception as error:  # noqa: BLE001  progress is a courtesy: the run must not die of it
+            log.warning("progress.json could not be written: %s", error)
+
+
+class SilentReporter:
+    """What the other ranks have: says nothing."""
+
+    def update(self, *, now: bool = True, **changes: Any) -> None:  # noqa: ANN401
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class Pace:
+    """Steps and tokens per second over the last steps, and the expected end."""
+
+    WINDOW = 20
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._marks: list[tuple[float, int]] = [(clock(), 0)]
+        self._tokens = 0
+
+    def pause(self) -> None:
+        """Forget the window: what happened since the last step was no training."""
+        self._marks = [(self._clock(), self._tokens)]
+
+    def step(self, tokens: int) -> None:
+        """One step was done with so many tokens over all ranks."""
+        self._tokens += tokens
+        self._marks = [*self._marks, (self._clock(), self._tokens)][-self.WINDOW :]
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Mean over the window; None before the first step."""
+        steps = len(self._marks) - 1
+        return (self._marks[-1][0] - self._marks[0][0]) / steps if steps else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Mean over the window; None before the first step."""
+        seconds = self._marks[-1][0] - self._marks[0][0]
+        return (self._marks[-1][1] - self._marks[0][1]) / seconds if seconds > 0 else None
+
+
+def progress_status(
+    *, step: int, total_steps: int, epoch: float, loss: float | None, learning_rate: float | None, pace: Pace
+) -> ProgressStatus:
+    """The progress part of the document."""
+    now = datetime.now(UTC)
+    seconds = pace.seconds_per_step
+    tokens = pace.tokens_per_second
+    return ProgressStatus(
+        step=step,
+        total_steps=total_steps,
+        epoch=round(epoch, 4),
+        percent=round(100 * step / total_steps, 1),
+        loss=loss,
+        learning_rate=learning_rate,
+        tokens_per_second=round(tokens, 1) if tokens is not None else None,
+        eta=now + timedelta(seconds=seconds * (total_steps - step)) if seconds is not None else None,
+        updated_at=now,
+    )
+
+
+def starting(run_uid: str, attempt: int) -> Progress:
+    """The first document of an attempt."""
+    return Progress(seq=0, run_uid=run_uid, attempt=attempt, phase=TrainerPhase.STARTING, updated_at=datetime.now(UTC))

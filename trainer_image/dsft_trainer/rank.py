@@ -1,0 +1,309 @@
+"""One rank of one attempt, from storage to outcome: restore, prepare data, build the engine, train, export.
+
+The same on every runtime. Everything that is done once per node or once per run is done by the first rank there, with the
+others told of its failure (see `collectives.together`).
+"""
+
+import json
+import logging
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dsft_api.batch import plan_batch
+from dsft_api.job import Job
+from dsft_api.progress import TrainerPhase
+from dsft_api.status import EvaluationStatus, Output
+from dsft_trainer import collectives
+from dsft_trainer.checkpoint.checkpointer import Checkpointer, Identity, Retention, references
+from dsft_trainer.checkpoint.store import Store, open_store
+from dsft_trainer.data.collate import Collator
+from dsft_trainer.data.prepare import Prepared, open_prepared, tokenize_here, write_tokens
+from dsft_trainer.data.sampler import GlobalBatches
+from dsft_trainer.data.sources import fetch
+from dsft_trainer.data.tokens import set_chat_template
+from dsft_trainer.engine import Engine, deepspeed_config, start_engine
+from dsft_trainer.errors import TrainerError, failure_of
+from dsft_trainer.evaluate import Evaluator
+from dsft_trainer.export import export
+from dsft_trainer.loop import Schedule, Trainer
+from dsft_trainer.metrics import MetricsLog
+from dsft_trainer.model import load_model, load_tokenizer
+from dsft_trainer.progress import Reporter, SilentReporter, starting
+from dsft_trainer.runtime import Outcome, Runtime
+from dsft_trainer.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+
+RESULT = "RESULT.json"
+
+
+def run_rank(job: Job, runtime: Runtime, device: torch.device) -> Outcome:
+    """Do this rank's part of an attempt. The process group is up, and torch's threads are pinned.
+
+    Raises:
+        TrainerError: on every rank, whatever rank the cause was on; also told to the launcher.
+    """
+
+    def hung(error: TrainerError) -> None:
+        runtime.fail(error.report(runtime.place.rank))
+
+    try:
+        with Watchdog(job.spec.deadlines.stall_seconds, hung) as watchdog, node_scratch(job) as scratch:
+            return _Attempt(job, runtime, device, scratch, watchdog.beat).run()
+    except Exception as error:
+        failure = failure_of(error)
+        log.exception("rank %s failed", runtime.place.rank)
+        runtime.fail(failure.report(runtime.place.rank))
+        raise failure from error
+
+
+class node_scratch:  # noqa: N801  a context manager
+    """A folder of this attempt on this node, the same for all its ranks, gone afterwards."""
+
+    def __init__(self, job: Job) -> None:
+        self._root = Path(os.environ.get("DSFT_SCRATCH", tempfile.gettempdir()))
+        self._run = f"dsft-{job.run.uid}-"
+        # The port tells the starts of the worker group apart: all ranks of one start see the same.
+        self._path = self._root / f"{self._run}a{job.attempt}-{os.environ.get('MASTER_PORT', '0')}"
+
+    def __enter__(self) -> Path:
+        for killed in self._root.glob(f"{self._run}*"):
+            if killed != self._path:
+                shutil.rmtree(killed, ignore_errors=True)
+        self._path.mkdir(parents=True, exist_ok=True)
+        return self._path
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._path, ignore_errors=True)
+
+
+class _Attempt:
+    """The steps of one rank's life, in order."""
+
+    def __init__(
+        self, job: Job, runtime: Runtime, device: torch.device, scratch: Path, beat: Callable[[], None]
+    ) -> None:
+        self.job = job
+        self.spec = job.spec
+        self.work = job.spec.workload()
+        self.runtime = runtime
+        self.place = runtime.place
+        self.device = device
+        self.scratch = scratch
+        self.beat = beat
+        self.store: Store = open_store(
+            job.storage_prefix, endpoint_url=self.spec.storage.endpoint_url, region=self.spec.storage.region
+        )
+        self.reporter: Reporter | SilentReporter = (
+            Reporter(starting(job.run.uid, job.attempt), runtime.publish, self.store)
+            if self.place.is_first
+            else SilentReporter()
+        )
+
+    def run(self) -> Outcome:
+        try:
+            return self._run()
+        finally:
+            self.reporter.close()
+
+    def _run(self) -> Outcome:
+        checkpointer = self._begin()
+        base = checkpointer.base
+        self.reporter.update(phase=TrainerPhase.LOADING, message="loading model and data")
+        folder = self._once_per_node(
+            lambda: fetch(
+                self.work.model.uri,
+                storage=self.spec.storage,
+                cache=self.scratch / "model",
+                revision=self.work.model.revision,
+                kind="model",
+            )
+        )
+        tokenizer = load_tokenizer(folder)
+        data = self._data(tokenizer)
+        batches = GlobalBatches(len(data.train), self.work.training.global_batch_size, self.work.training.seed)
+        schedule = self._schedule(batches, has_eval=data.eval is not None)
+        engine = self._engine(folder, tokenizer, schedule.total_steps)
+        checkpointer.load(engine)
+        self.beat()
+        metrics = self._metrics_log(str(checkpointer.claim))
+        trainer = self._trainer(engine, data, batches, tokenizer, checkpointer, schedule, metrics)
+        outcome = trainer.run(base.step if base else 0)
+        if metrics is not None:
+            metrics.close()
+        if outcome is Outcome.INTERRUPTED:
+            self.reporter.update(phase=TrainerPhase.INTERRUPTED, message="stopped on request; state is committed")
+        else:
+            self._finish(engine, tokenizer, checkpointer, schedule.total_steps)
+        # The node's scratch folder goes when the first of its ranks leaves: leave together.
+        collectives.barrier()
+        return outcome
+
+    def _begin(self) -> Checkpointer:
+        """Claim a group start, and fetch the checkpoint it goes on from."""
+        evaluation, policy = self.spec.evaluation, self.spec.checkpoint
+        checkpointer = Checkpointer(
+            self.store,
+            self.place,
+            self.scratch,
+            Identity(
+                spec_hash=self.job.spec_hash,
+                zero_stage=self.spec.deepspeed.stage,
+                precision=self.work.training.precision,
+                versions={name: version(name) for name in ("dsft", "deepspeed", "torch", "transformers")},
+            ),
+            Retention(policy.keep_last, policy.keep_best, evaluation.metric, evaluation.larger_is_better),
+        )
+        base = checkpointer.begin(self.job.attempt)
+        log.info("%s starts from %s", checkpointer.claim, base.name if base else "the beginning")
+        self.reporter.update(
+            group=checkpointer.claim.group,
+            from_step=base.step if base else 0,
+            checkpoints=references(self.job.storage_prefix, checkpointer.commits, checkpointer.retention),
+        )
+        return checkpointer
+
+    def _once_per_node(self, action: Callable[[], Path]) -> Path:
+        """Run an action on each node's first rank; the other ranks get the same path afterwards."""
+        path = collectives.together(lambda: action() if self.place.is_first_on_node else None)
+        # Local ranks follow their first one, so the nearest earlier rank that did the work shares this node.
+        paths = collectives.gather(path)
+        return next(p for p in reversed(paths[: self.place.rank + 1]) if p is not None)
+
+    def _data(self, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+        set_chat_template(
+            tokenizer, self.work.data.chat_template, storage=self.spec.storage, cache=self.scratch / "template"
+        )
+        folder = self.scratch / "data"
+
+        def tokens() -> Path:
+            tables = self.runtime.tokenized()
+            return write_tokens(tables, folder) if tables else tokenize_here(self.job, tokenizer, folder)
+
+        return open_prepared(self._once_per_node(tokens))
+
+    def _schedule(self, batches: GlobalBatches, *, has_eval: bool) -> Schedule:
+        per_epoch = batches.steps_per_epoch
+        total = self.work.training.max_steps or max(1, round((self.work.training.epochs or 0) * per_epoch))
+        return Schedule(
+            total_steps=total,
+            steps_per_epoch=per_epoch,
+            evaluate_every=(self.spec.evaluation.every_steps or per_epoch) if has_eval else None,
+            save_every=self.spec.checkpoint.every_steps or per_epoch,
+        )
+
+    def _engine(self, folder: Path, tokenizer: PreTrainedTokenizerBase, total_steps: int) -> Engine:
+        plan = plan_batch(
+            self.work.training.global_batch_size, self.place.world_size, self.spec.execution.micro_batch_size
+        )
+        config = deepspeed_config(self.spec, plan)
+        # New weights (a classification head) must come out the same on every rank ...
+        seed_everything(self.work.training.seed)
+        model = load_model(
+            self.work.model,
+            folder,
+            config,
+            precision=self.work.training.precision,
+            attention=self.spec.execution.attention,
+            activation_checkpointing=self.spec.execution.activation_checkpointing,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        engine = start_engine(
+            model, config, self.work.training.optimizer, self.work.training.schedule, total_steps, self.device
+        )
+        # ... and dropout different.
+        seed_everything(self.work.training.seed * 100_003 + self.place.rank + 1)
+        return engine
+
+    def _metrics_log(self, claim: str) -> MetricsLog | None:
+        if not self.place.is_first:
+            return None
+        return MetricsLog(self.store, claim, self.scratch, tensorboard=self.spec.tracking.tensorboard)
+
+    def _trainer(
+        self,
+        engine: Engine,
+        data: Prepared,
+        batches: GlobalBatches,
+        tokenizer: PreTrainedTokenizerBase,
+        checkpointer: Checkpointer,
+        schedule: Schedule,
+        metrics: MetricsLog | None,
+    ) -> Trainer:
+        collator = Collator(tokenizer.pad_token_id or 0, self.work.model.task, self.work.data.max_length)
+        evaluator = None
+        if data.eval is not None:
+            evaluator = Evaluator(
+                data.eval,
+                collator,
+                self.place,
+                task=self.work.model.task,
+                num_labels=self.work.model.num_labels or 2,
+                batch_size=self.spec.execution.eval_batch_size,
+                device=self.device,
+                beat=self.beat,
+            )
+        return Trainer(
+            engine=engine,
+            dataset=data.train,
+            batches=batches,
+            collator=collator,
+            evaluator=evaluator,
+            checkpointer=checkpointer,
+            schedule=schedule,
+            place=self.place,
+            reporter=self.reporter,
+            metrics=metrics,
+            task=self.work.model.task,
+            micro_batch_size=self.spec.execution.micro_batch_size,
+            drain_requested=self.runtime.drain_requested,
+            beat=self.beat,
+            storage_prefix=self.job.storage_prefix,
+        )
+
+    def _finish(
+        self, engine: Engine, tokenizer: PreTrainedTokenizerBase, checkpointer: Checkpointer, total_steps: int
+    ) -> None:
+        """Export, then write RESULT.json: the run is over when it exists."""
+        last = checkpointer.commits[-1]
+        output: Output | None = None
+        if self.spec.export.format != "none":
+            self.reporter.update(phase=TrainerPhase.EXPORTING, message="exporting the model")
+            output = export(
+                self.job,
+                engine,
+                engine.model,  # type: ignore[arg-type]  a PreTrainedModel
+                tokenizer,
+                self.store,
+                self.scratch,
+                step=total_steps,
+                metrics=last.metrics,
+                is_first=self.place.is_first,
+            )
+        if isinstance(self.reporter, Reporter):
+            evaluation = EvaluationStatus(step=last.step, metrics=last.metrics) if last.metrics else None
+            self.reporter.update(
+                phase=TrainerPhase.SUCCEEDED,
+                output=output,
+                evaluation=evaluation or self.reporter.progress.evaluation,
+                message="done",
+            )
+            result = self.reporter.progress.to_wire() | {"finishedAt": datetime.now(UTC).isoformat()}
+            self.store.put_bytes(RESULT, json.dumps(result, indent=1).encode())
+
+
+def seed_everything(seed: int) -> None:
+    """Seed all generators that training draws from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

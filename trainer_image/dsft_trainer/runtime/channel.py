@@ -1,0 +1,56 @@
+"""Files by which ranks and their launcher on one machine talk: progress out, drain in, failures out.
+
+Every write is atomic, so a reader never sees half a document. Under Ray the same files are written by one actor on the
+driver's node (see `runtime.ray`), since ranks may be on other machines.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsft_api.conditions import FailureClass
+from dsft_api.progress import PROGRESS_FILE, TrainerFailure
+
+# Classes that are often only the echo of another rank's failure.
+_ECHOES = (FailureClass.UNKNOWN, FailureClass.WORKER_LOST)
+
+
+@dataclass(frozen=True)
+class Channel:
+    """A folder on the launcher's machine."""
+
+    folder: Path
+
+    def publish(self, progress: str) -> None:
+        """Replace the progress document."""
+        self._write(PROGRESS_FILE, progress)
+
+    def request_drain(self) -> None:
+        """Ask the ranks to commit at the next step boundary and stop."""
+        self._write("drain", "")
+
+    def drain_requested(self) -> bool:
+        """Whether somebody asked for a drain."""
+        return (self.folder / "drain").exists()
+
+    def fail(self, failure: TrainerFailure) -> None:
+        """Record why a rank died."""
+        self._write(f"failure-{failure.rank}.json", failure.model_dump_json(by_alias=True))
+
+    def failure(self) -> TrainerFailure | None:
+        """The failure that explains the others: the oldest one that is not an echo, else the oldest."""
+        paths = sorted(self.folder.glob("failure-*.json"), key=lambda path: path.stat().st_mtime_ns)
+        failures = [TrainerFailure.model_validate_json(path.read_text()) for path in paths]
+        causes = [failure for failure in failures if failure.failure_class not in _ECHOES]
+        return next(iter([*causes, *failures]), None)
+
+    def reset(self) -> None:
+        """Forget the attempt before this one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in (self.folder / PROGRESS_FILE, self.folder / "drain", *self.folder.glob("failure-*.json")):
+            path.unlink(missing_ok=True)
+
+    def _write(self, name: str, text: str) -> None:
+        temporary = self.folder / f".{name}.{os.getpid()}"
+        temporary.write_text(text)
+        temporary.replace(self.folder / name)

@@ -1,0 +1,244 @@
+"""Ranks started by Ray Train V2: TorchTrainer places them, sets the process group up and watches them.
+
+Nothing is reported through `ray.train.report`: it takes one report per controller poll (2 s by default) and a report that
+returned can still be lost. Progress, drain and failures go through one small actor on the driver's node instead, and
+checkpoints are committed in storage by the ranks themselves (docs/decisions/0003).
+"""
+
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from dsft_api.conditions import FailureClass
+from dsft_api.job import Job
+from dsft_api.progress import TrainerFailure
+from dsft_trainer.errors import TrainerError
+from dsft_trainer.runtime import Outcome, Place
+from dsft_trainer.runtime.channel import Channel
+
+if TYPE_CHECKING:
+    import ray.data
+
+    from dsft_trainer.data.tokens import Encoder
+
+log = logging.getLogger(__name__)
+
+# Shared memory of a local Ray without Ray Data: nothing but small messages goes through it.
+LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
+LOCAL_OBJECT_STORE_BYTES_FOR_DATA = 2**30
+
+
+class Relay:
+    """The channel's folder, reachable from other machines. A named actor beside the driver."""
+
+    def __init__(self, folder: str) -> None:
+        self._channel = Channel(Path(folder))
+        self._outcome: str | None = None
+
+    def publish(self, progress: str) -> bool:
+        """Replace the progress document; answers whether a drain was requested."""
+        self._channel.publish(progress)
+        return self._channel.drain_requested()
+
+    def request_drain(self) -> None:
+        """Ask the ranks to commit and stop."""
+        self._channel.request_drain()
+
+    def fail(self, failure: str) -> None:
+        """Record why a rank died."""
+        self._channel.fail(TrainerFailure.model_validate_json(failure))
+
+    def set_outcome(self, outcome: str) -> None:
+        """Rank 0's last word."""
+        self._outcome = outcome
+
+    def outcome(self) -> str | None:
+        """What rank 0 said last."""
+        return self._outcome
+
+
+class RayRuntime:
+    """A rank inside a Ray Train worker."""
+
+    def __init__(self, relay: Any, encoders: "Mapping[str, Encoder]") -> None:  # noqa: ANN401  an actor handle
+        import ray.train
+
+        context = ray.train.get_context()
+        self.place = Place(context.get_world_rank(), context.get_world_size(), context.get_local_rank())
+        self._relay = relay
+        self._encoders = encoders
+        self._answer: ray.ObjectRef | None = None
+        self._drain = False
+
+    def publish(self, progress: str) -> None:
+        """Send the document without waiting for its arrival; look at the answer to the one before."""
+        self._look_at_answer(0)
+        self._answer = self._relay.publish.remote(progress)
+
+    def drain_requested(self) -> bool:
+        """Whether an answer said so. Only rank 0 publishes; its peers learn it from the step's reduction."""
+        self._look_at_answer(0)
+        return self._drain
+
+    def fail(self, failure: TrainerFailure) -> None:
+        """Tell the relay, waiting 10 s at most."""
+        try:
+            ray.get(self._relay.fail.remote(failure.model_dump_json(by_alias=True)), timeout=10)
+        except ray.exceptions.RayError as error:
+            log.warning("the failure could not be reported: %s", error)
+
+    def tokenized(self) -> dict[str, pa.Table]:
+        """What Ray Data tokenised, if the run asked for that loader."""
+        if not self._encoders:
+            return {}
+        import ray.train
+
+        from dsft_trainer.data.ray_data import collect
+
+        return {name: collect(ray.train.get_dataset_shard(name), encoder) for name, encoder in self._encoders.items()}
+
+    def finish(self, outcome: Outcome) -> None:
+        """Wait until the relay has rank 0's last document and outcome."""
+        if self.place.is_first:
+            self._look_at_answer(30)
+            ray.get(self._relay.set_outcome.remote(str(outcome)), timeout=30)
+
+    def _look_at_answer(self, timeout: float) -> None:
+        if self._answer is None:
+            return
+        ready, _ = ray.wait([self._answer], timeout=timeout)
+        if ready:
+            self._answer = None
+            try:
+                self._drain |= ray.get(ready[0])
+            except ray.exceptions.RayError as error:
+                log.warning("progress did not arrive: %s", error)
+
+
+def rank_main(config: dict[str, Any]) -> None:
+    """The train function that Ray Train runs on each worker."""
+    from dsft_trainer.process import prepare_process
+
+    job = Job.model_validate_json(config["job"])
+    prepare_process(job)
+    import ray.train.torch
+
+    from dsft_trainer.rank import run_rank
+
+    runtime = RayRuntime(config["relay"], config["encoders"])
+    runtime.finish(run_rank(job, runtime, ray.train.torch.get_device()))
+
+
+def launch(job: Job, channel: Channel) -> Outcome:
+    """Run all ranks of an attempt on Ray: on the cluster of RAY_ADDRESS, or on a Ray of its own on this machine.
+
+    Raises:
+        TrainerError: the failure that a rank reported, or how Ray lost it.
+    """
+    _connect(job)
+    try:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        relay = (
+            ray.remote(Relay)
+            .options(name=f"dsft-{job.run.uid}", num_cpus=0, scheduling_strategy=here)
+            .remote(str(channel.folder))
+        )
+        _fit(job, channel, relay)
+        return Outcome(ray.get(relay.outcome.remote(), timeout=30))
+    finally:
+        ray.shutdown()
+
+
+def _connect(job: Job) -> None:
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=True)
+        return
+    gpus = job.ranks.count if job.ranks.device == "cuda" else 0
+    uses_data = job.spec.workload().data.loader == "ray-data"
+    ray.init(
+        address="local",
+        num_cpus=max(job.ranks.count, os.cpu_count() or 1),
+        num_gpus=gpus,
+        include_dashboard=False,
+        object_store_memory=LOCAL_OBJECT_STORE_BYTES_FOR_DATA if uses_data else LOCAL_OBJECT_STORE_BYTES,
+        log_to_driver=True,
+    )
+
+
+def _fit(job: Job, channel: Channel, relay: Any) -> None:  # noqa: ANN401
+    from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    cuda = job.ranks.device == "cuda"
+    datasets, encoders = _tokenizing(job)
+    trainer = TorchTrainer(
+        rank_main,
+        train_loop_config={"job": job.to_json(), "relay": relay, "encoders": encoders},
+        torch_config=TorchConfig(backend="nccl" if cuda else "gloo", timeout_s=job.spec.deadlines.stall_seconds + 60),
+        scaling_config=ScalingConfig(
+            num_workers=job.ranks.count, use_gpu=cuda, resources_per_worker={"GPU": 1} if cuda else {"CPU": 1}
+        ),
+        # Ray's own bookkeeping; checkpoints do not go there, so it may be lost.
+        run_config=RunConfig(
+            name=f"{job.run.uid}-a{job.attempt}",
+            storage_path=tempfile.mkdtemp(prefix="dsft-ray-"),
+            failure_config=FailureConfig(max_failures=0),
+        ),
+        datasets=datasets,
+        dataset_config=DataConfig(datasets_to_split=[]),
+    )
+    error = _fit_apart(trainer)
+    failure = channel.failure()
+    if failure is not None:
+        raise TrainerError.from_report(failure) from error
+    if isinstance(error, TrainingFailedError):
+        raise TrainerError(FailureClass.WORKER_LOST, f"Ray lost a rank: {str(error).strip()[:1000]}") from error
+    if error is not None:
+        raise error
+
+
+def _fit_apart(trainer: Any) -> BaseException | None:  # noqa: ANN401
+    """Run `fit` outside the main thread, where it cannot replace our signal handlers with an abort that commits nothing."""
+    errors: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:  # noqa: BLE001  handed to the caller
+            errors.append(error)
+
+    thread = threading.Thread(target=fit, name="fit", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        # In slices: a signal handler runs in the main thread, between them.
+        thread.join(timeout=0.2)
+    return next(iter(errors), None)
+
+
+def _tokenizing(job: Job) -> "tuple[dict[str, ray.data.Dataset], dict[str, Encoder]]":
+    """Lazy Ray data sets of the run's tokens, and what encodes them; both empty but for loader ray-data."""
+    if job.spec.workload().data.loader != "ray-data":
+        return {}, {}
+    from dsft_trainer.data.prepare import encoders, load
+    from dsft_trainer.data.ray_data import tokenize_with_ray
+    from dsft_trainer.data.sources import fetch
+    from dsft_trainer.data.tokens import set_chat_template
+    from dsft_trainer.model import load_tokenizer
+
+    spec, work = job.spec, job.spec.workload()
+    cache = Path(tempfile.mkdtemp(prefix="dsft-data-"))
+    folder = fetch(work.model.uri, storage=spec.storage, cache=cache, kind="tokenizer", revision=work.model.revision)
+    tokenizer = load_tokenizer(folder)
+    set_chat_template(tokenizer, work.data.chat_template, storage=spec.storage, cache=cache)
+    rows = load(job, cache)
+    made = encoders(job, rows, tokenizer)
+    return {name: tokenize_with_ray(part.table, made[name]) for name, part in rows.items()}, made

@@ -1,0 +1,124 @@
+"""Ranks started by torch elastic on this machine: no Ray, and the same losses.
+
+`launch` is what `torchrun --standalone` does, through its Python API, so that outcomes come back as values.
+"""
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+
+import pyarrow as pa
+
+from dsft_api.conditions import FailureClass
+from dsft_api.job import Job
+from dsft_api.progress import TrainerFailure
+from dsft_trainer.errors import TrainerError, failure_of
+from dsft_trainer.runtime import Outcome, Place
+from dsft_trainer.runtime.channel import Channel
+
+log = logging.getLogger(__name__)
+
+
+class TorchrunRuntime:
+    """A rank whose launcher shares its machine; signals and the channel's folder connect them."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.place = Place(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
+        self._channel = channel
+        self._signalled = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: object) -> None:  # noqa: ARG002  a signal handler
+        self._signalled = True
+
+    def publish(self, progress: str) -> None:
+        """Replace the progress file."""
+        self._channel.publish(progress)
+
+    def drain_requested(self) -> bool:
+        """Whether this process was signalled, or the launcher asked."""
+        return self._signalled or self._channel.drain_requested()
+
+    def fail(self, failure: TrainerFailure) -> None:
+        """Leave a failure file."""
+        self._channel.fail(failure)
+
+    def tokenized(self) -> dict[str, pa.Table]:
+        """None: each node tokenises for itself."""
+        return {}
+
+
+def rank_main(job_json: str, folder: str) -> str:
+    """Entry point of each process that torch elastic starts: returns the outcome."""
+    job = Job.model_validate_json(job_json)
+    runtime = TorchrunRuntime(Channel(Path(folder)))
+    try:
+        return str(_train(job, runtime))
+    except Exception as error:  # noqa: BLE001  the edge of the process; `launch` raises it again
+        runtime.fail(failure_of(error).report(runtime.place.rank))
+        sys.exit(failure_of(error).exit_code)
+
+
+def _train(job: Job, runtime: TorchrunRuntime) -> Outcome:
+    from dsft_trainer.process import prepare_process, torch_device
+
+    prepare_process(job)
+    import torch.distributed as dist
+
+    from dsft_trainer.rank import run_rank
+
+    device = torch_device(job, runtime.place.local_rank)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=job.spec.deadlines.stall_seconds + 60),
+        device_id=device if device.type == "cuda" else None,
+    )
+    outcome = run_rank(job, runtime, device)
+    dist.destroy_process_group()
+    return outcome
+
+
+def launch(job: Job, channel: Channel) -> Outcome:
+    """Run all ranks of an attempt on this machine; returns when they ended.
+
+    Raises:
+        TrainerError: the failure that a rank reported, or WorkerLost when none could.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=job.ranks.count,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=job.run.uid,
+        max_restarts=0,
+        monitor_interval=0.1,
+        logs_specs=DefaultLogsSpecs(log_dir=tempfile.mkdtemp(prefix="dsft-logs-")),
+    )
+    try:
+        outcomes = elastic_launch(config, rank_main)(job.to_json(), str(channel.folder))
+    except ChildFailedError as error:
+        raise _failure(channel, error) from error
+    except SignalException as error:
+        # The agent passed the signal on and waited: the ranks have committed, or were killed after 30 s.
+        log.info("stopped by signal %s", error.sigval)
+        if channel.failure() is not None:
+            raise _failure(channel, error) from error
+        return Outcome.INTERRUPTED
+    return Outcome(outcomes[0])
+
+
+def _failure(channel: Channel, error: BaseException) -> TrainerError:
+    reported = channel.failure()
+    if reported is not None:
+        return TrainerError.from_report(reported)
+    return TrainerError(FailureClass.WORKER_LOST, f"a rank died without a word ({type(error).__name__})")
