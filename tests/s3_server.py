@@ -121,7 +121,8 @@ class S3Server:
 
     def _argv(self) -> list[str]:
         weed = Path(sys.executable).with_name("weed")
-        # The kernel kills the server with the thread that started it, so a killed test run leaves nothing behind.
+        # The kernel kills the server with the thread that started it (use the main one), so a killed test run leaves
+        # nothing behind.
         setpriv = shutil.which("setpriv")
         return [
             *([setpriv, "--pdeathsig", "KILL"] if setpriv else []),
@@ -140,6 +141,8 @@ class S3Server:
             "-filer.localSocket=filer.sock",
             "-s3.localSocket=s3.sock",
             "-master.telemetry=false",
+            # A cluster of one: no election, which takes 20 s after a kill.
+            "-master.peers=none",
             "-master.volumeSizeLimitMB=256",
             "-volume.max=0",
             "-volume.preStopSeconds=0",

@@ -176,19 +176,6 @@ def batch_fits_pools(spec: FineTuneSpec) -> Iterator[Problem]:
         yield Problem("spec.training.globalBatchSize", error.message, error.remedy)
 
 
-def names_are_unique(spec: FineTuneSpec) -> Iterator[Problem]:
-    """Lists that are merged by name hold each name once."""
-    lists = {
-        "spec.nodePools": [pool.name for pool in spec.node_pools],
-        "spec.env": [variable.name for variable in spec.env],
-        "spec.image.pullSecrets": [secret.name for secret in spec.image.pull_secrets],
-    }
-    for field, names in lists.items():
-        for index, name in enumerate(names):
-            if name in names[:index]:
-                yield Problem(f"{field}[{index}].name", "is used twice", "give each item a name of its own", name)
-
-
 def s3_settings_need_s3(spec: FineTuneSpec) -> Iterator[Problem]:
     """Settings of S3 without anything on S3. Absent storage is the operator's, which may be S3."""
     storage = spec.storage
@@ -230,7 +217,6 @@ RULES: tuple[Callable[[FineTuneSpec], Iterator[Problem]], ...] = (
     metric_fits_task,
     optimisation_fits,
     batch_fits_pools,
-    names_are_unique,
     s3_settings_need_s3,
     deepspeed_keys_are_free,
     check_built,

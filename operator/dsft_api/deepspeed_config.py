@@ -70,7 +70,7 @@ REMOVED: frozenset[str] = frozenset(
 )
 
 _COMPILES = "would start a compiler during training"
-_BREAKS_RESUME = "would make checkpoints that this trainer cannot resume from"
+_CHANGES_CHECKPOINTS = "changes how checkpoints are written or read, on which resuming relies"
 _OTHER_STAGE = "has an effect at ZeRO stages 1 and 2 only, and the run uses stage 3"
 _OTHER_PARALLELISM = "asks for a parallelism other than ZeRO-3 data parallelism"
 _NOT_AT_STAGE_3 = "is not supported by DeepSpeed at ZeRO stage 3"
@@ -97,12 +97,12 @@ UNSUITABLE: dict[str, str] = {
     f"{_ZERO}.allgather_bucket_size": _OTHER_STAGE,
     f"{_ZERO}.allgather_partitions": _OTHER_STAGE,
     f"{_ZERO}.compute_grad_norm": _OTHER_STAGE,
-    f"{_ZERO}.elastic_checkpoint": _BREAKS_RESUME,
+    f"{_ZERO}.elastic_checkpoint": _CHANGES_CHECKPOINTS,
     f"{_ZERO}.ignore_unused_parameters": _OTHER_STAGE,
     f"{_ZERO}.legacy_stage1": _OTHER_STAGE,
-    f"{_ZERO}.load_from_fp32_weights": _BREAKS_RESUME,
+    f"{_ZERO}.load_from_fp32_weights": _CHANGES_CHECKPOINTS,
     f"{_ZERO}.parameter_alignment": _OTHER_STAGE,
-    f"{_ZERO}.pipeline_loading_checkpoint": _BREAKS_RESUME,
+    f"{_ZERO}.pipeline_loading_checkpoint": _CHANGES_CHECKPOINTS,
     f"{_ZERO}.round_robin_gradients": _OTHER_STAGE,
     f"{_ZERO}.save_muon_momentum_buffer_in_memory": "serves the Muon optimizer, and the run uses AdamW",
     f"{_ZERO}.use_multi_rank_bucket_allreduce": _OTHER_STAGE,

@@ -35,6 +35,9 @@ _OTHER_METADATA = (
     "selfLink",
 )
 
+# Errors whose input is more than one value, or one of an unknown field, which may be a secret.
+_UNTOLD = ("missing", "extra_forbidden", "value_error", "json_invalid")
+
 
 def parse(text: str, source: str = "manifest") -> DeepSpeedFineTune:
     """Read one manifest. Pure: nothing is fetched or opened; `source` only names the text in errors.
@@ -137,10 +140,8 @@ class _Judgement:
             if kind == "value_error" and any(gone[:-1] == path for gone in self.explained):
                 continue
             said = words(error, path)
-            told = kind not in ("missing", "extra_forbidden", "value_error") and isinstance(
-                error["input"], str | int | float
-            )
-            self._report(Problem(field_name(path), said.message, said.remedy, error["input"] if told else None))
+            untold = kind in _UNTOLD or not isinstance(error["input"], str | int | float)
+            self._report(Problem(field_name(path), said.message, said.remedy, None if untold else error["input"]))
 
     def _cut(self, body: dict[str, Any], path: Path) -> None:
         """Take a part out. A list item takes its list along, since the places of the other items would change."""

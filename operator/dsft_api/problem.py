@@ -58,7 +58,9 @@ def shown(value: object) -> str:
 
 def field_name(path: Path) -> str:
     """`("spec", "nodePools", 0, "name")` as `spec.nodePools[0].name`; the whole document as `manifest`."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".") or "manifest"
+    return (
+        "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".") or "manifest"
+    )
 
 
 def path_of(field: str) -> Path:

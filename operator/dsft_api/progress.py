@@ -32,7 +32,9 @@ class TrainerPhase(StrEnum):
 class TrainerFailure(ApiModel):
     """Why the trainer gave up."""
 
-    failure_class: FailureClass = Field(alias="class", description="Failure class.")
+    failure_class: FailureClass = Field(
+        validation_alias="class", serialization_alias="class", description="Failure class."
+    )
     message: str = Field(max_length=4096, description="What happened.")
     remedy: str = Field(max_length=1024, description="What to do.")
     exit_code: int = Field(description="Exit code of the trainer.")

@@ -126,7 +126,9 @@ class Attempt(ApiModel):
     end_time: Time | None = Field(default=None, description="End.")
     from_step: int = Field(default=0, description="Step of the checkpoint it started from.")
     to_step: int | None = Field(default=None, description="Last step it reached.")
-    failure_class: FailureClass | None = Field(default=None, alias="class", description="Why it ended, if it failed.")
+    failure_class: FailureClass | None = Field(
+        default=None, validation_alias="class", serialization_alias="class", description="Why it ended, if it failed."
+    )
     nodes: tuple[str, ...] = Field(default=(), description="Nodes it ran on.")
     exit_code: int | None = Field(default=None, description="Exit code of the trainer.")
     message: str | None = Field(default=None, max_length=1024, description="What happened, and what to do.")

@@ -26,7 +26,7 @@ SCHEMES: dict[str, Scheme] = {
     ),
     "s3": Scheme(re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?"), "s3://BUCKET/PATH"),
     "file": Scheme(re.compile(r"/.*"), "file:///ABSOLUTE/PATH, with three slashes"),
-    "python": Scheme(re.compile(r"[A-Za-z_][\w.]*/(?!.*(^|/)\.\.(/|$)).+"), "python://PACKAGE/PATH"),
+    "python": Scheme(re.compile(r"(?!.*/\.\.(/|$))[A-Za-z_][\w.]*/.+"), "python://PACKAGE/PATH"),
 }
 
 # A file of rows has no splits; a folder may be a saved data set, which has.

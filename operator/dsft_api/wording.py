@@ -69,8 +69,11 @@ def words(error: ErrorDetails, path: Path) -> Words:
         return _missing(path)
     if kind == "extra_forbidden":
         return _unknown(path)
+    if kind == "json_invalid":
+        return Words("holds text that is no valid Unicode", "remove escapes such as \\ud800")
     if kind == "value_error":
-        return Words("its fields contradict each other, or one is missing", str(context["error"]))
+        message, _, remedy = str(context["error"]).rpartition("; ")
+        return Words(message or "its fields contradict each other, or one is missing", remedy)
     if error["input"] is None:
         return Words("is empty", "give it a value, or remove it")
     if kind == "literal_error":

@@ -12,8 +12,9 @@ import yaml
 
 from dsft_api.problem import Path, Problem, field_name
 
-# Far above any manifest; aliases that multiply each other (a "YAML bomb") end here.
+# Far above any manifest. Aliases that multiply each other (a "YAML bomb") or hold themselves end here.
 _MAX_NODES = 100_000
+_MAX_DEPTH = 64
 
 _INT = re.compile(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+|0o?[0-7]+)$")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
@@ -70,7 +71,10 @@ def read_yaml(text: str) -> Source:
     except yaml.YAMLError as error:
         return Source(None, (_syntax_problem(error),))
     except RecursionError:
-        return Source(None, (Problem("manifest", "is nested too deeply", "write fewer levels, and no alias inside its own anchor"),))
+        return Source(
+            None,
+            (Problem("manifest", "is nested too deeply", "write fewer levels, and no alias inside its own anchor"),),
+        )
 
 
 def _documents(loader: _Loader) -> Iterator[yaml.Node]:
@@ -111,6 +115,8 @@ class _Budget:
 
 def _duplicates(node: yaml.Node, path: Path, budget: _Budget) -> Iterator[Problem]:
     budget.spend(node)
+    if len(path) > _MAX_DEPTH:
+        raise RecursionError
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             yield from _duplicates(item, (*path, index), budget)

@@ -111,7 +111,7 @@ def list_commits(
     output: OutputOption = Format.TEXT,
 ) -> None:
     """List the committed checkpoints of a run: those that a resume would choose from, oldest first."""
-    from dsft_trainer.checkpoint.checkpointer import read_commits
+    from dsft_trainer.checkpoint.listing import read_commits
     from dsft_trainer.checkpoint.store import open_store
     from dsft_trainer.errors import TrainerError
 

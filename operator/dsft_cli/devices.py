@@ -43,11 +43,8 @@ def ranks_here(spec: FineTuneSpec, machine: Machine, workers: int | None) -> Ran
 
     `workers` if given; else as many as the pools ask, at most the GPUs here, or 2 on CPU.
     """
-    device: Literal["cuda", "cpu"]
-    if spec.execution.device == "auto":
-        device = "cuda" if machine.gpus else "cpu"
-    else:
-        device = spec.execution.device
+    found: Literal["cuda", "cpu"] = "cuda" if machine.gpus else "cpu"
+    device = found if spec.execution.device == "auto" else spec.execution.device
     most = machine.gpus if device == "cuda" else CPU_RANKS
     count = workers or min(spec.ranks or most, most)
     count = max(1, count)

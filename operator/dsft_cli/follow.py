@@ -45,7 +45,7 @@ def follow(run: LocalRun, job: Job, runtime: str, environment: Mapping[str, str]
 
 
 def _pass_signals_on(trainer: "subprocess.Popen[bytes]", view: View, job: Job) -> None:
-    def pass_on(number: int, frame: object) -> None:
+    def pass_on(_number: int, _frame: object) -> None:
         view.say(
             f"[yellow]stopping[/]: committing at the next step, {job.spec.checkpoint.drain_seconds} s at most;"
             " once more to stop at once"

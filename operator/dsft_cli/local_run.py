@@ -12,11 +12,10 @@ from urllib.parse import unquote, urlsplit
 
 from dsft_api.batch import BatchError, plan_batch
 from dsft_api.job import Job, Ranks, RunRef
+from dsft_api.layout import RESULT_FILE, RUN_FILE
 from dsft_api.problem import ManifestError, Problem
 from dsft_api.resource import DeepSpeedFineTune, local_uid, run_folder, spec_hash
 
-RUN_FILE = "run.json"
-RESULT_FILE = "RESULT.json"
 STATUS_FILE = "status.yaml"
 
 
@@ -52,7 +51,7 @@ def find_run(resource: DeepSpeedFineTune, runs: Path, *, fresh: bool = False) ->
     Raises:
         TrainerError: StorageDenied if storage cannot be read.
     """
-    from dsft_trainer.checkpoint.checkpointer import read_claims
+    from dsft_trainer.checkpoint.listing import read_claims
     from dsft_trainer.checkpoint.store import open_store
 
     storage = resource.spec.storage

@@ -118,9 +118,9 @@ def rows(data_format: DataFormat, count: int, *, num_labels: int = 2) -> list[di
 
 def _row(data_format: DataFormat, number: int, num_labels: int) -> dict[str, Any]:
     subject = _SUBJECTS[number % len(_SUBJECTS)]
-    other = _SUBJECTS[(number // num_labels) % len(_SUBJECTS)]
+    other = _SUBJECTS[number // len(_SUBJECTS) % len(_SUBJECTS)]
     sentence = f"The {subject} was seen " + "by the sea " * (number % 5) + "in the morning."
-    label = number % num_labels
+    label = number % len(_SUBJECTS) % num_labels
     match data_format:
         case "classification":
             return {"text": sentence, "label": label}

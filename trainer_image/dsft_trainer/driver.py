@@ -6,6 +6,7 @@ Runs on the Ray head (or here, with `dsft run`). SIGINT and SIGTERM ask the rank
 
 import fcntl
 import importlib
+import json
 import logging
 import os
 import signal
@@ -20,15 +21,17 @@ from typing import IO
 
 from pydantic import ValidationError
 
+from dsft_api import layout
 from dsft_api.conditions import ExitCode, FailureClass
 from dsft_api.job import CONTRACT, JOB_ENV, Job
 from dsft_api.progress import PROGRESS_FILE, Progress, TrainerPhase
-from dsft_trainer.checkpoint.store import open_store
+from dsft_trainer.checkpoint.store import Store, open_store
 from dsft_trainer.errors import TrainerError, failure_of
 from dsft_trainer.preflight import preflight
 from dsft_trainer.progress import starting
 from dsft_trainer.runtime import Outcome
 from dsft_trainer.runtime.channel import Channel
+from dsft_trainer.versions import versions
 
 log = logging.getLogger(__name__)
 
@@ -121,10 +124,33 @@ def _first_line(stream: IO[str]) -> str:
 def _attempt(job: Job, channel: Channel, runtime: str) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="dsft-preflight-") as cache:
         preflight(job, Path(cache))
+    job = _first_come(job)
     _stop_on_signals(channel, job.spec.checkpoint.drain_seconds)
     # Imported by name: the torchrun runtime must work where Ray is not installed.
     launcher = importlib.import_module(f"dsft_trainer.runtime.{runtime}")
     return launcher.launch(job, channel)
+
+
+def _first_come(job: Job) -> Job:
+    """Write run.json, or take over what the first attempt wrote: sums depend on the number of threads."""
+    store = _store(job)
+    facts = {
+        "namespace": job.run.namespace,
+        "name": job.run.name,
+        "uid": job.run.uid,
+        "specHash": job.spec_hash,
+        "threads": job.ranks.threads,
+        "versions": versions(),
+        "createdAt": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    store.put_bytes(layout.RUN_FILE, json.dumps(facts, indent=1).encode(), if_absent=True)
+    first = json.loads(store.get_bytes(layout.RUN_FILE) or b"{}")
+    return job.model_copy(update={"ranks": job.ranks.model_copy(update={"threads": first["threads"]})})
+
+
+def _store(job: Job) -> Store:
+    storage = job.spec.storage
+    return open_store(job.storage_prefix, endpoint_url=storage.endpoint_url, region=storage.region)
 
 
 def _stop_on_signals(channel: Channel, drain_seconds: int) -> None:
@@ -161,9 +187,7 @@ def _record(job: Job, channel: Channel, failure: TrainerError) -> None:
     if failure.failure_class is FailureClass.STORAGE_DENIED:
         return
     try:
-        storage = job.spec.storage
-        store = open_store(job.storage_prefix, endpoint_url=storage.endpoint_url, region=storage.region)
-        store.put_bytes("progress.json", text.encode())
+        _store(job).put_bytes(layout.PROGRESS_FILE, text.encode())
     except Exception as error:  # noqa: BLE001  the failure itself is what matters
         log.warning("progress.json could not be written: %s", error)
 

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 
 from safetensors import safe_open
@@ -15,12 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsft_api.conditions import FailureClass
 from dsft_api.job import Job
+from dsft_api.layout import EXPORT
 from dsft_api.status import Output
 from dsft_trainer.checkpoint.store import Store
 from dsft_trainer.engine import Engine
 from dsft_trainer.errors import TrainerError
+from dsft_trainer.versions import versions
 
-FOLDER = "export"
 MANIFEST = "manifest.json"
 # Larger models are cut into files of this size; they download in parallel and restart cheaply.
 MAX_SHARD = "5GB"
@@ -42,15 +42,15 @@ def export(
     weights = engine.full_state_dict()
     if not is_first:
         return None
-    folder = scratch / FOLDER
+    folder = scratch / EXPORT
     model.save_pretrained(folder, state_dict=weights, max_shard_size=MAX_SHARD)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(model_card(job, step, metrics))
-    verify(folder, weights.keys())
+    verify(folder)
     return _upload(job, store, folder)
 
 
-def verify(folder: Path, expected: object) -> None:
+def verify(folder: Path) -> None:
     """Check that the written files hold weights, none of them empty.
 
     ZeRO-3 leaves empty tensors behind where a gather was forgotten, and `from_pretrained` would fill them at random.
@@ -72,11 +72,11 @@ def _upload(job: Job, store: Store, folder: Path) -> Output:
     for path in sorted(folder.iterdir()):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         files.append({"path": path.name, "size": path.stat().st_size, "sha256": digest})
-        store.put_file(path, f"{FOLDER}/{path.name}")
+        store.put_file(path, f"{EXPORT}/{path.name}")
     manifest = json.dumps({"specHash": job.spec_hash, "files": files}, indent=1).encode()
-    store.put_bytes(f"{FOLDER}/{MANIFEST}", manifest)
+    store.put_bytes(f"{EXPORT}/{MANIFEST}", manifest)
     return Output(
-        uri=f"{job.storage_prefix}/{FOLDER}",
+        uri=f"{job.storage_prefix}/{EXPORT}",
         format=job.spec.export.format,
         bytes=sum(file["size"] for file in files),
         digest="sha256:" + hashlib.sha256(manifest).hexdigest(),
@@ -88,7 +88,7 @@ def model_card(job: Job, step: int, metrics: Mapping[str, float]) -> str:
     work = job.spec.workload()
     training, optimizer = work.training, work.training.optimizer
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items()) or "| none | |"
-    versions = ", ".join(f"{name} {version(name)}" for name in ("deepspeed", "torch", "transformers", "ray"))
+    software = ", ".join(f"{name} {number}" for name, number in versions().items())
     base = work.model.uri.removeprefix("hf://")
     pipeline = "text-generation" if work.model.task == "causal-lm" else "text-classification"
     return f"""---
@@ -106,13 +106,14 @@ tags: [dsft, deepspeed, ray]
 | training data | {", ".join(source.uri for source in job.spec.train_sources())} |
 | steps | {step} |
 | global batch size | {training.global_batch_size} |
-| optimizer | {optimizer.name}, learning rate {optimizer.learning_rate:g}, betas {optimizer.betas}, weight decay {optimizer.weight_decay:g} |
+| optimizer | {optimizer.name}, learning rate {optimizer.learning_rate:g}, weight decay {optimizer.weight_decay:g} |
+| betas | {optimizer.betas[0]}, {optimizer.betas[1]} |
 | schedule | {training.schedule.type}, {training.schedule.warmup_steps} warm-up steps |
 | precision | {training.precision} |
 | seed | {training.seed} |
 | longest sequence | {work.data.max_length} tokens |
 | spec | {job.spec_hash} |
-| versions | {versions} |
+| versions | {software} |
 
 ## Evaluation
 

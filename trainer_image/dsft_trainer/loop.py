@@ -14,7 +14,8 @@ from dsft_api.conditions import FailureClass
 from dsft_api.progress import TrainerPhase
 from dsft_api.status import EvaluationStatus
 from dsft_trainer import collectives
-from dsft_trainer.checkpoint.checkpointer import Checkpointer, references
+from dsft_trainer.checkpoint.checkpointer import Checkpointer
+from dsft_trainer.checkpoint.listing import references
 from dsft_trainer.data.collate import Collator
 from dsft_trainer.data.indexed import IndexedDataset
 from dsft_trainer.data.sampler import GlobalBatches, split

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from dsft_api.layout import PROGRESS_FILE
 from dsft_api.progress import Progress, TrainerPhase
 from dsft_api.status import ProgressStatus
 from dsft_trainer.checkpoint.store import Store
@@ -69,7 +70,7 @@ class Reporter:
     def _put(self) -> None:
         try:
             self._store.put_bytes(
-                "progress.json", self._progress.model_dump_json(by_alias=True, exclude_none=True, indent=1).encode()
+                PROGRESS_FILE, self._progress.model_dump_json(by_alias=True, exclude_none=True, indent=1).encode()
             )
         except Exception as error:  # noqa: BLE001  progress is a courtesy: the run must not die of it
             log.warning("progress.json could not be written: %s", error)

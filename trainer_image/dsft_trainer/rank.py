@@ -12,7 +12,6 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +20,12 @@ from transformers import PreTrainedTokenizerBase
 
 from dsft_api.batch import plan_batch
 from dsft_api.job import Job
+from dsft_api.layout import RESULT_FILE
 from dsft_api.progress import TrainerPhase
 from dsft_api.status import EvaluationStatus, Output
 from dsft_trainer import collectives
-from dsft_trainer.checkpoint.checkpointer import Checkpointer, Identity, Retention, references
+from dsft_trainer.checkpoint.checkpointer import Checkpointer, Identity
+from dsft_trainer.checkpoint.listing import Retention, references
 from dsft_trainer.checkpoint.store import Store, open_store
 from dsft_trainer.data.collate import Collator
 from dsft_trainer.data.prepare import Prepared, open_prepared, tokenize_here, write_tokens
@@ -40,11 +41,10 @@ from dsft_trainer.metrics import MetricsLog
 from dsft_trainer.model import load_model, load_tokenizer
 from dsft_trainer.progress import Reporter, SilentReporter, starting
 from dsft_trainer.runtime import Outcome, Runtime
+from dsft_trainer.versions import versions
 from dsft_trainer.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
-
-RESULT = "RESULT.json"
 
 
 def run_rank(job: Job, runtime: Runtime, device: torch.device) -> Outcome:
@@ -160,7 +160,7 @@ class _Attempt:
                 spec_hash=self.job.spec_hash,
                 zero_stage=self.spec.deepspeed.stage,
                 precision=self.work.training.precision,
-                versions={name: version(name) for name in ("dsft", "deepspeed", "torch", "transformers")},
+                versions=versions(),
             ),
             Retention(policy.keep_last, policy.keep_best, evaluation.metric, evaluation.larger_is_better),
         )
@@ -299,7 +299,7 @@ class _Attempt:
                 message="done",
             )
             result = self.reporter.progress.to_wire() | {"finishedAt": datetime.now(UTC).isoformat()}
-            self.store.put_bytes(RESULT, json.dumps(result, indent=1).encode())
+            self.store.put_bytes(RESULT_FILE, json.dumps(result, indent=1).encode())
 
 
 def seed_everything(seed: int) -> None:

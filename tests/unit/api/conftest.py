@@ -26,7 +26,6 @@ CAUSAL_LM: dict[str, Any] = {
 }
 
 
-
 @pytest.fixture
 def manifest() -> Callable[[Mapping[str, Any]], str]:
     """The YAML of a right manifest after edits: {"spec.training.epochs": 0}; None takes the field out."""

@@ -8,32 +8,29 @@ a whole checkpoint or a folder without COMMIT.json, which nobody reads and the n
 import hashlib
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from dsft_api.conditions import FailureClass
-from dsft_api.status import Checkpoints
+from dsft_api.layout import CHECKPOINTS
 from dsft_trainer import collectives
 from dsft_trainer.checkpoint.commits import (
-    ATTEMPTS,
-    CHECKPOINTS,
     COMMIT_FILE,
     Claim,
     ClaimId,
     Commit,
     CommittedFile,
-    best,
     commit_name,
-    lineage,
     next_claim,
     superfluous,
 )
-from dsft_trainer.checkpoint.store import Store
+from dsft_trainer.checkpoint.listing import Retention, manifest, read_claims, read_commits
+from dsft_trainer.checkpoint.store import ObjectMissingError, Store
 from dsft_trainer.errors import TrainerError
 from dsft_trainer.runtime import Place
 
@@ -61,55 +58,6 @@ class Identity:
     zero_stage: int
     precision: str
     versions: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Retention:
-    """Which commits are kept."""
-
-    keep_last: int
-    keep_best: int
-    metric: str
-    larger_is_better: bool
-
-
-def read_claims(store: Store) -> list[Claim]:
-    """All claims of a run, oldest first."""
-    keys = [entry.key for entry in store.list(f"{ATTEMPTS}/") if ClaimId.from_key(entry.key)]
-    texts = [store.get_bytes(key) for key in keys]
-    return sorted((Claim.model_validate_json(text) for text in texts if text), key=lambda claim: claim.id)
-
-
-def read_commits(store: Store) -> list[Commit]:
-    """The commits that count, oldest first (see `commits.lineage`). Damaged manifests are left out, with a warning."""
-    names = [
-        entry.key.split("/")[1] for entry in store.list(f"{CHECKPOINTS}/") if entry.key.endswith(f"/{COMMIT_FILE}")
-    ]
-    commits = []
-    for name in lineage(names, read_claims(store)):
-        try:
-            commits.append(Commit.model_validate_json(store.get_bytes(f"{CHECKPOINTS}/{name}/{COMMIT_FILE}") or b""))
-        except ValidationError as error:
-            log.warning("checkpoint %s has a damaged %s and is left out: %s", name, COMMIT_FILE, error)
-    return commits
-
-
-def references(prefix: str, commits: Sequence[Commit], retention: Retention) -> Checkpoints:
-    """The commits as status shows them."""
-
-    def ref(commit: Commit):  # noqa: ANN202  CheckpointRef
-        return commit.ref(prefix, "sha256:" + hashlib.sha256(_manifest(commit)).hexdigest())
-
-    ranked = best(commits, retention.metric, retention.larger_is_better)
-    return Checkpoints(
-        latest=ref(commits[-1]) if commits else None,
-        best=ref(ranked[0]) if ranked else None,
-        retained=tuple(ref(commit) for commit in commits),
-    )
-
-
-def _manifest(commit: Commit) -> bytes:
-    return commit.model_dump_json(by_alias=True, exclude_none=True, indent=1).encode()
 
 
 def _sha256(path: Path) -> str:
@@ -219,7 +167,7 @@ class Checkpointer:
             path = target / file.path
             try:
                 self.store.get_file(f"{CHECKPOINTS}/{commit.name}/{file.path}", path)
-            except FileNotFoundError:
+            except ObjectMissingError:
                 return False
             if path.stat().st_size != file.size or _sha256(path) != file.sha256:
                 return False
@@ -252,7 +200,7 @@ class Checkpointer:
             self.store.get_bytes(f"{CHECKPOINTS}/{draft.name}/rank-{rank}.json") or b"[]"
             for rank in range(draft.world_size)
         ]
-        files = tuple(file for manifest in manifests for file in _FILES.validate_json(manifest))
+        files = tuple(file for text in manifests for file in _FILES.validate_json(text))
         sizes = {entry.key: entry.size for entry in self.store.list(f"{CHECKPOINTS}/{draft.name}/")}
         short = [f.path for f in files if sizes.get(f"{CHECKPOINTS}/{draft.name}/{f.path}") != f.size]
         if short or {file.rank for file in files} != set(range(draft.world_size)):
@@ -266,7 +214,7 @@ class Checkpointer:
                 f"{newest} has taken this run over from {self.claim}, which stops without a commit",
             )
         commit = draft.model_copy(update={"files": files})
-        self.store.put_bytes(commit.key, _manifest(commit))
+        self.store.put_bytes(commit.key, manifest(commit))
         return commit
 
     def _retire(self) -> None:

@@ -13,11 +13,10 @@ from functools import total_ordering
 from pydantic import Field
 
 from dsft_api.base import ApiModel
+from dsft_api.layout import ATTEMPTS, CHECKPOINTS
 from dsft_api.status import CheckpointRef, Metrics, Time
 
 COMMIT_FILE = "COMMIT.json"
-CHECKPOINTS = "checkpoints"
-ATTEMPTS = "attempts"
 _NAME = re.compile(r"^step-(\d{8})-a(\d+)\.g(\d+)$")
 _CLAIM = re.compile(r"^attempts/a(\d+)\.g(\d+)\.json$")
 

@@ -147,7 +147,7 @@ class FileStore(Store):
         if if_absent:
             return self._link(source, path)
         source.replace(path)
-        _sync(path.parent)
+        _sync_names(path.parent)
         return True
 
     def _link(self, source: Path, path: Path) -> bool:
@@ -157,7 +157,7 @@ class FileStore(Store):
             # NFS repeats a request whose reply was lost: then the name that is in the way is our own.
             if source.stat().st_nlink == 1:
                 return False
-        _sync(path.parent)
+        _sync_names(path.parent)
         return True
 
     def _remove_empty(self, folder: Path) -> None:
@@ -174,10 +174,9 @@ def _make_folder(path: Path) -> None:
     if path.is_dir():
         return
     _make_folder(path.parent)
-    try:
-        path.mkdir(exist_ok=True)
-    except FileExistsError as error:
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from error
+    # A file in the way shows in the next step, as ENOTDIR; asking here could see what another process just changed.
+    with suppress(FileExistsError):
+        path.mkdir()
     _sync(path.parent)
 
 
@@ -187,6 +186,12 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync_names(folder: Path) -> None:
+    # Gone already: what was just named there has been deleted since, and must not be named again.
+    with suppress(FileNotFoundError):
+        _sync(folder)
 
 
 def _sweep(folder: Path) -> None:

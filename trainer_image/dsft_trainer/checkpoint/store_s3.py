@@ -23,7 +23,9 @@ from botocore.exceptions import (
     ConnectionError,  # noqa: A004
     HTTPClientError,
     NoCredentialsError,
+    ParamValidationError,
     PartialCredentialsError,
+    ProfileNotFound,
     SSLError,
 )
 from s3transfer.exceptions import RetriesExceededError
@@ -41,6 +43,8 @@ PART_BYTES = 64 * 1024 * 1024
 _CONNECTIONS = 16
 _ANSWER_SECONDS = 60.0
 _LONGEST_WAIT_SECONDS = 5.0
+_WAIT = wait_random_exponential(max=_LONGEST_WAIT_SECONDS)
+_STOP = stop_after_attempt(5)
 
 _TRANSIENT_STATUS = frozenset({429, 500, 502, 503, 504})
 _TRANSIENT_CODES = frozenset(
@@ -111,7 +115,7 @@ class S3Store(Store):
     def impatient(self) -> Self:
         bucket, prefix, endpoint_url, region = self._settings
         return type(self)(
-            bucket, prefix, endpoint_url=endpoint_url, region=region, retry_seconds=5.0, answer_seconds=4.0
+            bucket, prefix, endpoint_url=endpoint_url, region=region, retry_seconds=3.0, answer_seconds=4.0
         )
 
     @override
@@ -149,7 +153,7 @@ class S3Store(Store):
         with self._explained("read", key):
             try:
                 # s3transfer writes to a temporary name beside `path`.
-                self._transfers().download(self.bucket, self._key(key), str(path)).result()
+                self._download(self._key(key), path)
             except ClientError as error:
                 if _code(error) in _MISSING_CODES:
                     raise ObjectMissingError(self._place(key)) from error
@@ -189,21 +193,19 @@ class S3Store(Store):
         with self._explained("delete", key):
             self._client().delete_object(Bucket=self.bucket, Key=self._key(key))
 
-    @retry(
-        retry=retry_if_exception_type(S3_RETRYABLE_DOWNLOAD_ERRORS),
-        wait=wait_random_exponential(max=2),
-        stop=stop_after_attempt(5),
-        reraise=True,
-    )
+    # A body that breaks off is asked for again here; each request that asks has the client's own retries.
+    @retry(retry=retry_if_exception_type(S3_RETRYABLE_DOWNLOAD_ERRORS), wait=_WAIT, stop=_STOP, reraise=True)
     def _read(self, key: str) -> bytes:
-        """The retries here are for a body that breaks off; the request itself has its own."""
         return self._client().get_object(Bucket=self.bucket, Key=key)["Body"].read()
 
-    @retry(
-        retry=retry_if_exception(lambda error: _code(error) == "NoSuchUpload"), stop=stop_after_attempt(3), reraise=True
-    )
+    # s3transfer asks again as well, but without a pause, so its tries may all fall into one outage.
+    @retry(retry=retry_if_exception_type(RetriesExceededError), wait=_WAIT, stop=_STOP, reraise=True)
+    def _download(self, key: str, path: Path) -> None:
+        self._transfers().download(self.bucket, key, str(path)).result()
+
+    # A server that dies may forget an upload, or complete it and lose the reply: only a new one tells.
+    @retry(retry=retry_if_exception(lambda error: _code(error) == "NoSuchUpload"), wait=_WAIT, stop=_STOP, reraise=True)
     def _upload(self, path: Path, key: str) -> None:
-        """A server that dies may forget the upload, or complete it and lose the reply: only a new one tells."""
         self._transfers().upload(str(path), self.bucket, key).result()
 
     def _key(self, key: str) -> str:
@@ -225,16 +227,19 @@ class S3Store(Store):
         return connection
 
     def _place(self, key: str) -> str:
+        place = f"s3://{self.bucket}/{self.root}{key}"
+        if os.getpid() not in self._connections:
+            return place
         endpoint = urlsplit(self._client().meta.endpoint_url)
         # Without user and password, should somebody have put them into the URL.
-        return f"s3://{self.bucket}/{self.root}{key} at {endpoint.scheme}://{endpoint.netloc.rpartition('@')[2]}"
+        return f"{place} at {endpoint.scheme}://{endpoint.netloc.rpartition('@')[2]}"
 
     @contextmanager
     def _explained(self, action: str, key: str) -> Iterator[None]:
         """Turn an error of boto3 into a TrainerError that says what to do, and shows no secret."""
         try:
             yield
-        except (ClientError, BotoCoreError, RetriesExceededError) as error:
+        except (ClientError, BotoCoreError, RetriesExceededError, *S3_RETRYABLE_DOWNLOAD_ERRORS) as error:
             fault, remedy = _diagnose(error)
             denied = FailureClass.STORAGE_DENIED if remedy else FailureClass.UNKNOWN
             remedy = remedy or "check that the S3 endpoint is up and reachable (spec.storage.endpointUrl)"
@@ -257,7 +262,11 @@ def _make_client(
         response_checksum_validation="when_required",
     )
     # An own session: boto3's default one is not safe to share between threads while a client is made.
-    client = Session().client("s3", endpoint_url=endpoint_url, region_name=region, config=config)
+    try:
+        client = Session().client("s3", endpoint_url=endpoint_url, region_name=region, config=config)
+    except ValueError as error:
+        remedy = "write spec.storage.endpointUrl (or AWS_ENDPOINT_URL) as https://HOST or http://HOST:PORT"
+        raise TrainerError(FailureClass.CONFIG_INVALID, f"S3 endpoint: {error}", remedy) from error
     client.meta.events.register_first("needs-retry.s3", _Retries(retry_seconds))
     return client
 
@@ -322,11 +331,11 @@ def _diagnose(error: Exception) -> tuple[str, str | None]:
         )
     if _is_untrusted(error):
         return "the endpoint's certificate is not trusted", "name its CA in spec.storage.caBundle (AWS_CA_BUNDLE)"
-    if isinstance(error, BotoCoreError):
-        # Not the text of the error itself: it repeats the endpoint as written.
-        cause = error.kwargs.get("error")
-        return f"no answer ({type(error).__name__}" + (f": {cause})" if cause else ")"), None
-    return f"the download broke off too often ({type(error).__name__})", None
+    if isinstance(error, (ParamValidationError, ProfileNotFound)):
+        return str(error), "correct spec.storage.uri, or the AWS_* variables and files"
+    # Not the text of the error itself: it repeats the endpoint as written, with what is in it.
+    cause = error.kwargs.get("error") if isinstance(error, BotoCoreError) else error
+    return f"no whole answer ({type(error).__name__}" + (f": {cause})" if cause else ")"), None
 
 
 def _code(error: BaseException) -> str:

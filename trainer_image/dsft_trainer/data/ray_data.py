@@ -4,21 +4,16 @@ Only who encodes differs from `tokens.tokenize`. The result is put in order, wri
 same sampler, so the loader cannot change a run's loss curve.
 """
 
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from dsft_api.conditions import FailureClass
-from dsft_api.job import Job
-from dsft_trainer.data.formats import EVAL_FIELD, TRAIN_FIELD
-from dsft_trainer.data.sources import fetch
-from dsft_trainer.data.tokens import ROWS_PER_CALL, Encoder, set_chat_template
+from dsft_trainer.data.tokens import ROWS_PER_CALL, Encoder
 from dsft_trainer.errors import TrainerError
 
 if TYPE_CHECKING:
-    from ray.data import DataIterator, Dataset
+    from ray.data import DataIterator, Dataset, MaterializedDataset
 
 # Travels with each block: the number of each row, by which blocks are put in order and errors name the row.
 _ROW = "row"
@@ -26,45 +21,22 @@ _ROW = "row"
 _REFUSAL = "refusal"
 
 
-def tokenize_with_ray(table: pa.Table, encoder: Encoder) -> "Dataset":
-    """A lazy Ray data set of the tokens, for `collect`. Needs `ray.init`."""
+def tokenize_with_ray(table: pa.Table, encoder: Encoder) -> "MaterializedDataset":
+    """A Ray data set of the tokens, for `collect`. Needs `ray.init`, and CPUs that no rank holds yet.
+
+    Computed now and once: left to the ranks, every node would compute it again, on CPUs that its ranks have taken.
+    """
     import ray.data
 
     numbered = table.append_column(_ROW, pa.array(range(table.num_rows), pa.int64()))
     starts = range(0, table.num_rows, ROWS_PER_CALL)
     blocks = ray.data.from_arrow([numbered.slice(start, ROWS_PER_CALL).combine_chunks() for start in starts])
-    return blocks.map_batches(_encode, batch_size=None, batch_format="pyarrow", fn_args=(encoder,))
-
-
-def tokenized_datasets(job: Job) -> "dict[str, Dataset]":
-    """The run's data sets as tokens, `train` and, where there is one, `eval`; computed once, for all nodes.
-
-    Raises:
-        TrainerError: whatever is wrong with model, data or chat template.
-    """
-    from dsft_trainer.data.prepare import load
-    from dsft_trainer.model import load_tokenizer
-
-    model, data, storage = job.spec.model, job.spec.data, job.spec.storage
-    if model is None or data is None or data.train is None:
-        raise TrainerError(FailureClass.CONFIG_INVALID, "loader ray-data needs spec.model and spec.data.train")
-    with tempfile.TemporaryDirectory(prefix="dsft-data-") as folder:
-        cache = Path(folder)
-        rows = load(job, cache)
-        tokenizer = load_tokenizer(
-            fetch(model.uri, storage=storage, cache=cache, kind="tokenizer", revision=model.revision)
-        )
-        set_chat_template(tokenizer, data.chat_template, storage=storage, cache=cache)
-    encoder = Encoder.of(data.train, data, tokenizer)
-    tokens = {"train": tokenize_with_ray(rows.train, encoder).materialize()}
-    if rows.eval is not None:
-        encoder = Encoder.of(rows.eval_source, data, tokenizer, EVAL_FIELD if data.eval else TRAIN_FIELD)
-        tokens["eval"] = tokenize_with_ray(rows.eval, encoder).materialize()
-    return tokens
+    tokens = blocks.map_batches(_encode, batch_size=None, batch_format="pyarrow", fn_args=(encoder,))
+    return tokens.materialize()
 
 
 def collect(tokens: "Dataset | DataIterator") -> pa.Table:
-    """Run it, and return exactly what `tokens.tokenize` returns.
+    """Bring the tokens here: exactly what `tokens.tokenize` returns, in a process that may be another one.
 
     Raises:
         TrainerError: as `tokens.tokenize`.

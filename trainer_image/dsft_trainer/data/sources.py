@@ -32,6 +32,8 @@ WANTED_FILES: dict[Kind, tuple[str, ...] | None] = {
     "tokenizer": TOKENIZER_FILES,
     "dataset": None,
 }
+_SET_HF_TOKEN = "set HF_TOKEN (spec.env, by secretKeyRef) to a token that may read it"  # noqa: S105
+
 FAILURES: dict[Kind, FailureClass] = {
     "model": FailureClass.MODEL_DENIED,
     "tokenizer": FailureClass.MODEL_DENIED,
@@ -207,14 +209,14 @@ def hub_error(uri: str, kind: Kind, error: Exception) -> TrainerError:
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     match error:
         case errors.GatedRepoError():
-            problem, remedy = "is gated", f"accept its terms on the Hub and set HF_TOKEN (by secretKeyRef in spec.env) to a token that may read it"
+            problem, remedy = "is gated", f"accept its terms on the Hub, and {_SET_HF_TOKEN}"
         case errors.RepositoryNotFoundError() | DatasetNotFoundError():
-            problem, remedy = "does not exist on the Hub, or is private", f"check the name, or set HF_TOKEN (by secretKeyRef in spec.env)"
+            problem, remedy = "does not exist on the Hub, or is private", f"check the name, or {_SET_HF_TOKEN}"
         case errors.RevisionNotFoundError():
             problem, remedy = "has no such revision", "check revision"
         case errors.LocalEntryNotFoundError() | ConnectionError():
             problem = "cannot be fetched: the Hub cannot be reached"
             remedy = "check the network, proxy and HF_ENDPOINT, or use s3:// or file://"
         case _:
-            problem, remedy = "cannot be fetched", f"check uri, revision, subset and split, and HF_TOKEN (by secretKeyRef in spec.env)"
+            problem, remedy = "cannot be fetched", f"check uri, revision, subset and split, or {_SET_HF_TOKEN}"
     return TrainerError(FAILURES[kind], f"{uri} {problem}: {first_line}", remedy)

@@ -9,7 +9,7 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,6 @@ from dsft_trainer.runtime.channel import Channel
 if TYPE_CHECKING:
     import ray.data
 
-    from dsft_trainer.data.tokens import Encoder
 
 log = logging.getLogger(__name__)
 
@@ -68,13 +67,13 @@ class Relay:
 class RayRuntime:
     """A rank inside a Ray Train worker."""
 
-    def __init__(self, relay: Any, encoders: "Mapping[str, Encoder]") -> None:  # noqa: ANN401  an actor handle
+    def __init__(self, relay: Any, datasets: Sequence[str]) -> None:  # noqa: ANN401  an actor handle
         import ray.train
 
         context = ray.train.get_context()
         self.place = Place(context.get_world_rank(), context.get_world_size(), context.get_local_rank())
         self._relay = relay
-        self._encoders = encoders
+        self._datasets = datasets
         self._answer: ray.ObjectRef | None = None
         self._drain = False
 
@@ -97,13 +96,11 @@ class RayRuntime:
 
     def tokenized(self) -> dict[str, pa.Table]:
         """What Ray Data tokenised, if the run asked for that loader."""
-        if not self._encoders:
-            return {}
         import ray.train
 
         from dsft_trainer.data.ray_data import collect
 
-        return {name: collect(ray.train.get_dataset_shard(name), encoder) for name, encoder in self._encoders.items()}
+        return {name: collect(ray.train.get_dataset_shard(name)) for name in self._datasets}
 
     def finish(self, outcome: Outcome) -> None:
         """Wait until the relay has rank 0's last document and outcome."""
@@ -133,7 +130,7 @@ def rank_main(config: dict[str, Any]) -> None:
 
     from dsft_trainer.rank import run_rank
 
-    runtime = RayRuntime(config["relay"], config["encoders"])
+    runtime = RayRuntime(config["relay"], config["datasets"])
     runtime.finish(run_rank(job, runtime, ray.train.torch.get_device()))
 
 
@@ -179,10 +176,10 @@ def _fit(job: Job, channel: Channel, relay: Any) -> None:  # noqa: ANN401
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     cuda = job.ranks.device == "cuda"
-    datasets, encoders = _tokenizing(job)
+    datasets = _tokenizing(job)
     trainer = TorchTrainer(
         rank_main,
-        train_loop_config={"job": job.to_json(), "relay": relay, "encoders": encoders},
+        train_loop_config={"job": job.to_json(), "relay": relay, "datasets": list(datasets)},
         torch_config=TorchConfig(backend="nccl" if cuda else "gloo", timeout_s=job.spec.deadlines.stall_seconds + 60),
         scaling_config=ScalingConfig(
             num_workers=job.ranks.count, use_gpu=cuda, resources_per_worker={"GPU": 1} if cuda else {"CPU": 1}
@@ -224,10 +221,10 @@ def _fit_apart(trainer: Any) -> BaseException | None:  # noqa: ANN401
     return next(iter(errors), None)
 
 
-def _tokenizing(job: Job) -> "tuple[dict[str, ray.data.Dataset], dict[str, Encoder]]":
-    """Lazy Ray data sets of the run's tokens, and what encodes them; both empty but for loader ray-data."""
+def _tokenizing(job: Job) -> "dict[str, ray.data.Dataset]":
+    """The run's tokens by Ray Data; empty but for loader ray-data. Computed before the ranks take the CPUs."""
     if job.spec.workload().data.loader != "ray-data":
-        return {}, {}
+        return {}
     from dsft_trainer.data.prepare import encoders, load
     from dsft_trainer.data.ray_data import tokenize_with_ray
     from dsft_trainer.data.sources import fetch
@@ -241,4 +238,4 @@ def _tokenizing(job: Job) -> "tuple[dict[str, ray.data.Dataset], dict[str, Encod
     set_chat_template(tokenizer, work.data.chat_template, storage=spec.storage, cache=cache)
     rows = load(job, cache)
     made = encoders(job, rows, tokenizer)
-    return {name: tokenize_with_ray(part.table, made[name]) for name, part in rows.items()}, made
+    return {name: tokenize_with_ray(part.table, made[name]) for name, part in rows.items()}

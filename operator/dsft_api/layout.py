@@ -1,0 +1,14 @@
+"""Names inside a run's folder in storage: the part of the layout that more than the trainer reads (design section 5)."""
+
+RUN_FILE = "run.json"
+"""Written once, by the first attempt: identity, versions, and the threads that every rank is pinned to."""
+
+RESULT_FILE = "RESULT.json"
+"""Written last: the run is over when it exists."""
+
+PROGRESS_FILE = "progress.json"
+"""The newest progress document, seconds old."""
+
+CHECKPOINTS = "checkpoints"
+ATTEMPTS = "attempts"
+EXPORT = "export"

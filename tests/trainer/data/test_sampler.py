@@ -1,0 +1,97 @@
+"""Laws of the sampler, for any number of rows, ranks and batch sizes."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsft_api.conditions import FailureClass
+from dsft_trainer.data.sampler import GlobalBatches, eval_batches, permutation, split, split_eval
+from dsft_trainer.errors import TrainerError
+
+sizes = st.integers(1, 300)
+seeds = st.integers(0, 2**31 - 1)
+few = st.integers(1, 9)
+
+
+@given(n=sizes, seed=seeds, epoch=st.integers(0, 1000))
+def test_a_permutation_holds_every_index_once(n, seed, epoch):
+    assert sorted(permutation(seed, epoch, n)) == list(range(n))
+
+
+def test_the_order_is_pinned():
+    """A run resumed by a later version must find its rows where it left them."""
+    assert permutation(42, 0, 10).tolist() == [0, 1, 4, 2, 6, 8, 5, 9, 7, 3]
+    assert permutation(42, 1, 10).tolist() != permutation(42, 0, 10).tolist()
+    assert permutation(43, 0, 10).tolist() != permutation(42, 0, 10).tolist()
+
+
+@given(n=sizes, batch=st.integers(1, 50), seed=seeds)
+def test_an_epoch_repeats_no_row_and_drops_less_than_a_batch(n, batch, seed):
+    if n < batch:
+        return
+    batches = GlobalBatches(n, batch, seed)
+    seen = np.concatenate([batches.batch(step) for step in range(batches.steps_per_epoch)])
+    assert len(set(seen.tolist())) == len(seen)
+    assert 0 <= n - len(seen) < batch
+
+
+@given(n=sizes, batch=st.integers(1, 50), seed=seeds, step=st.integers(0, 10_000))
+def test_any_step_can_be_asked_for_directly(n, batch, seed, step):
+    if n < batch:
+        return
+    batches = GlobalBatches(n, batch, seed)
+    epoch = step // batches.steps_per_epoch
+    position = step % batches.steps_per_epoch * batch
+    assert batches.batch(step).tolist() == permutation(seed, epoch, n)[position : position + batch].tolist()
+
+
+@given(world=few, micro=few, accumulation=few)
+def test_ranks_share_a_global_batch_without_gap_or_overlap(world, micro, accumulation):
+    batch = GlobalBatches(1000, world * micro * accumulation, seed=7).batch(3)
+    shares = [split(batch, rank, world, micro) for rank in range(world)]
+    assert {len(share) for share in shares} == {accumulation}
+    assert {len(rows) for share in shares for rows in share} == {micro}
+    assert sorted(np.concatenate([rows for share in shares for rows in share])) == sorted(batch)
+
+
+@given(n=sizes, world=few, batch=few)
+def test_evaluation_counts_every_row_once_in_equally_many_batches(n, world, batch):
+    ranks = [eval_batches(n, rank, world, batch) for rank in range(world)]
+    assert len({len(batches) for batches in ranks}) == 1
+    assert {len(indices) for batches in ranks for indices, _ in batches} == {batch}
+    counted = np.concatenate([indices[valid] for batches in ranks for indices, valid in batches])
+    assert sorted(counted) == list(range(n))
+    assert all(indices.max() < n for batches in ranks for indices, _ in batches)
+
+
+@given(n=st.integers(2, 300), fraction=st.floats(0.001, 0.5), seed=seeds)
+def test_the_hold_out_parts_the_rows(n, fraction, seed):
+    table = pa.table({"text": pa.array(range(n))})
+    try:
+        train, held_out = split_eval(table, fraction, seed)
+    except TrainerError:
+        pytest.fail("there are enough rows")
+    assert sorted(train["text"].to_pylist() + held_out["text"].to_pylist()) == list(range(n))
+    assert held_out.num_rows == max(1, round(n * fraction))
+    assert split_eval(table, fraction, seed)[1].equals(held_out)
+
+
+def test_a_single_row_cannot_be_held_out():
+    with pytest.raises(TrainerError, match=r"evalFraction 0\.5 holds out all of the 1 rows") as caught:
+        split_eval(pa.table({"text": ["a"]}), 0.5, seed=0)
+    assert caught.value.failure_class is FailureClass.DATA_INVALID
+
+
+def test_too_few_rows_name_both_numbers_and_the_way_out():
+    with pytest.raises(TrainerError, match=r"12 rows, fewer than spec\.training\.globalBatchSize 16") as caught:
+        GlobalBatches(12, 16, seed=0)
+    assert caught.value.failure_class is FailureClass.DATA_INVALID
+    assert caught.value.remedy == "lower globalBatchSize to 12 or less, or add rows"
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(TrainerError, match="globalBatchSize 64 is not a multiple of 24 ranks") as caught:
+        split(np.arange(64), 0, 24, 1)
+    assert caught.value.failure_class is FailureClass.CONFIG_INVALID

@@ -1,0 +1,65 @@
+"""Reads the checkpoints of a run: claims, commits and what status shows of them. Needs no torch, so the CLI can use it."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from dsft_api.layout import ATTEMPTS, CHECKPOINTS
+from dsft_api.status import CheckpointRef, Checkpoints
+from dsft_trainer.checkpoint.commits import COMMIT_FILE, Claim, ClaimId, Commit, best, lineage
+from dsft_trainer.checkpoint.store import Store
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which commits are kept."""
+
+    keep_last: int
+    keep_best: int
+    metric: str
+    larger_is_better: bool
+
+
+def read_claims(store: Store) -> list[Claim]:
+    """All claims of a run, oldest first."""
+    keys = [entry.key for entry in store.list(f"{ATTEMPTS}/") if ClaimId.from_key(entry.key)]
+    texts = [store.get_bytes(key) for key in keys]
+    return sorted((Claim.model_validate_json(text) for text in texts if text), key=lambda claim: claim.id)
+
+
+def read_commits(store: Store) -> list[Commit]:
+    """The commits that count, oldest first (see `commits.lineage`). Damaged manifests are left out, with a warning."""
+    names = [
+        entry.key.split("/")[1] for entry in store.list(f"{CHECKPOINTS}/") if entry.key.endswith(f"/{COMMIT_FILE}")
+    ]
+    commits = []
+    for name in lineage(names, read_claims(store)):
+        try:
+            commits.append(Commit.model_validate_json(store.get_bytes(f"{CHECKPOINTS}/{name}/{COMMIT_FILE}") or b""))
+        except ValidationError as error:
+            log.warning("checkpoint %s has a damaged %s and is left out: %s", name, COMMIT_FILE, error)
+    return commits
+
+
+def references(prefix: str, commits: Sequence[Commit], retention: Retention) -> Checkpoints:
+    """The commits as status shows them."""
+
+    def ref(commit: Commit) -> CheckpointRef:
+        return commit.ref(prefix, "sha256:" + hashlib.sha256(manifest(commit)).hexdigest())
+
+    ranked = best(commits, retention.metric, retention.larger_is_better)
+    return Checkpoints(
+        latest=ref(commits[-1]) if commits else None,
+        best=ref(ranked[0]) if ranked else None,
+        retained=tuple(ref(commit) for commit in commits),
+    )
+
+
+def manifest(commit: Commit) -> bytes:
+    """The bytes of COMMIT.json, whose digest names the checkpoint."""
+    return commit.model_dump_json(by_alias=True, exclude_none=True, indent=1).encode()
