@@ -8,6 +8,7 @@ a whole checkpoint or a folder without COMMIT.json, which nobody reads and the n
 import hashlib
 import logging
 import shutil
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -181,6 +182,7 @@ class Checkpointer:
                 base_step=self.base.step if self.base else 0,
                 world_size=self.place.world_size,
                 start_time=datetime.now(UTC),
+                nonce=uuid.uuid4().hex,
             )
             if self.store.put_bytes(claim.id.key, claim.model_dump_json(by_alias=True).encode(), if_absent=True):
                 return claim.id

@@ -54,6 +54,7 @@ class Claim(ApiModel):
     base_step: int = 0
     world_size: int
     start_time: datetime
+    nonce: str = Field(description="Makes racing claims differ, so that a lost reply can be told from a lost race.")
 
 
 class CommittedFile(ApiModel):

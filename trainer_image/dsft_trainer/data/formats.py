@@ -4,37 +4,16 @@ A format decides everything else about a row: its columns, the task it belongs t
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from pydantic.alias_generators import to_camel
 
 from dsft_api.conditions import FailureClass
-from dsft_api.spec.identity import Columns, DataFormat, DatasetSource, DataSpec, Task
+from dsft_api.formats import FORMATS, ColumnKind, LossOn
+from dsft_api.spec.identity import Columns, DatasetSource, DataSpec, Task
 from dsft_trainer.errors import TrainerError
-
-Kind = Literal["text", "label", "messages"]
-LossOn = Literal["assistant", "completion", "all"]
 
 TRAIN_FIELD = "spec.data.train"
 EVAL_FIELD = "spec.data.eval"
-
-
-@dataclass(frozen=True)
-class Format:
-    """One data format: its columns by canonical name, its task, and the `lossOn` it allows, default first."""
-
-    task: Task
-    columns: tuple[tuple[str, Kind], ...]
-    loss_on: tuple[LossOn, ...] = ()
-
-
-FORMATS: dict[DataFormat, Format] = {
-    "classification": Format("sequence-classification", (("text", "text"), ("label", "label"))),
-    "pair": Format("sequence-classification", (("text", "text"), ("text_pair", "text"), ("label", "label"))),
-    "text": Format("causal-lm", (("text", "text"),), ("all",)),
-    "prompt_completion": Format("causal-lm", (("prompt", "text"), ("completion", "text")), ("completion", "all")),
-    "messages": Format("causal-lm", (("messages", "messages"),), ("assistant", "all")),
-}
 
 
 @dataclass(frozen=True)
@@ -43,7 +22,7 @@ class Column:
 
     name: str
     source_name: str
-    kind: Kind
+    kind: ColumnKind
     field: str
 
 

@@ -3,6 +3,7 @@
 `launch` is what `torchrun --standalone` does, through its Python API, so that outcomes come back as values.
 """
 
+import ctypes
 import logging
 import os
 import signal
@@ -33,7 +34,7 @@ class TorchrunRuntime:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
-    def _on_signal(self, number: int, frame: object) -> None:  # noqa: ARG002  a signal handler
+    def _on_signal(self, _number: int, _frame: object) -> None:
         self._signalled = True
 
     def publish(self, progress: str) -> None:
@@ -55,6 +56,7 @@ class TorchrunRuntime:
 
 def rank_main(job_json: str, folder: str) -> str:
     """Entry point of each process that torch elastic starts: returns the outcome."""
+    _die_with_launcher()
     job = Job.model_validate_json(job_json)
     runtime = TorchrunRuntime(Channel(Path(folder)))
     try:
@@ -62,6 +64,14 @@ def rank_main(job_json: str, folder: str) -> str:
     except Exception as error:  # noqa: BLE001  the edge of the process; `launch` raises it again
         runtime.fail(failure_of(error).report(runtime.place.rank))
         sys.exit(failure_of(error).exit_code)
+
+
+def _die_with_launcher() -> None:
+    """Have the kernel kill this process when the one that started it dies, however it dies (prctl(2), PR_SET_PDEATHSIG).
+
+    A rank that outlived its launcher would hold the devices, and train on until its next look at the claims.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
 
 
 def _train(job: Job, runtime: TorchrunRuntime) -> Outcome:

@@ -1,0 +1,79 @@
+# Everything a person or CI runs. `make help` lists it. Nothing needs to be installed before but Python 3.11 and make.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(VENV)/bootstrap/bin/uv
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+LOCKS := requirements/dev.txt requirements/demo.txt
+SOURCES := operator trainer_image tests
+
+##@ Use
+
+.PHONY: demo
+demo: venv ## Fine-tune a real model on real data here, export it and try it: the main job
+	$(BIN)/python -m dsft_demo
+
+.PHONY: test
+test: venv lint verify ## Check style, types, generated files, and run every test but the benches
+	$(BIN)/python -m pytest tests --ignore=tests/bench
+
+##@ Develop
+
+.PHONY: help
+help: ## This list
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n\033[1m%s\033[0m\n", substr($$0, 5)} \
+	  /^[a-z-]+:.*## / {printf "  \033[36m%-10s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: venv
+venv: $(VENV)/.installed ## Make .venv with the locked requirements, and the demo's texts
+
+$(UV):
+	$(PYTHON) -m venv $(VENV)/bootstrap
+	$(VENV)/bootstrap/bin/pip install --quiet --require-hashes --no-deps -r requirements/uv.txt
+
+# Bytecode is compiled now: where none is written later, each start of a rank would compile torch and transformers again.
+$(VENV)/.installed: $(LOCKS) pyproject.toml $(UV)
+	test -x $(BIN)/python || $(UV) venv --quiet --allow-existing --python $(PYTHON) $(VENV)
+	$(UV) pip sync --quiet --compile-bytecode --require-hashes --python $(BIN)/python requirements/dev.txt
+	$(UV) pip install --quiet --compile-bytecode --no-deps --require-hashes --python $(BIN)/python -r requirements/demo.txt
+	$(UV) pip install --quiet --compile-bytecode --no-deps --python $(BIN)/python --editable .
+	$(BIN)/python -m dsft_demo.render
+	touch $@
+
+.PHONY: lock
+lock: $(UV) ## Resolve pyproject.toml anew into requirements/
+	$(UV) pip compile --quiet --generate-hashes --no-header --no-emit-index-url --python-version 3.11 \
+	  --extra operator --extra trainer --extra dev -o requirements/dev.txt pyproject.toml
+	$(UV) pip compile --quiet --generate-hashes --no-header --no-emit-index-url --python-version 3.11 --no-deps \
+	  -o requirements/demo.txt requirements/demo.in
+
+.PHONY: format
+format: venv ## Format the code
+	$(BIN)/ruff format --quiet $(SOURCES)
+	$(BIN)/ruff check --quiet --fix $(SOURCES)
+
+.PHONY: lint
+lint: venv ## Style, types and import contracts
+	$(BIN)/ruff format --check --quiet $(SOURCES)
+	$(BIN)/ruff check --quiet $(SOURCES)
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-cache
+
+.PHONY: generate
+generate: venv ## Write crds/ and docs/reference/ from the models
+	$(BIN)/python -m dsft_api.generate
+
+.PHONY: verify
+verify: venv ## Fail if a generated file is not fresh
+	$(BIN)/python -m dsft_api.generate --check
+
+.PHONY: bench
+bench: venv ## Start-up and steady state against bare torchrun and DeepSpeed; minutes, wants an idle machine
+	$(BIN)/python -m tests.bench.launch
+
+.PHONY: clean
+clean: ## Remove the environment and what was built; runs/ stays
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
