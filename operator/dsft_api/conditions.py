@@ -98,6 +98,7 @@ class FailureClass(StrEnum):
 
     @property
     def failure(self) -> Failure:
+        """Exit code, retry and remedy of this class."""
         return FAILURES[self]
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from dsft_api.conditions import ExitCode
 from dsft_api.manifest import parse
@@ -15,7 +15,7 @@ from dsft_api.problem import ManifestError, Problem
 from dsft_api.resource import DeepSpeedFineTune
 from dsft_api.status import FineTuneStatus
 from dsft_cli.devices import ranks_here, this_machine
-from dsft_cli.follow import follow, read_status
+from dsft_cli.follow import follow, read_status, settle_status
 from dsft_cli.local_run import LocalRun, find_run, is_running, job_for, runs_folder, trainer_environment
 from dsft_cli.output import Format, document, err, out, refuse
 from dsft_cli.view import View, checkpoint_line, size
@@ -54,6 +54,7 @@ def run(
         environment = trainer_environment(resource, filename, _environment())
         ranks = ranks_here(resource.spec, this_machine(), workers)
         local = _find(resource, fresh=fresh)
+        _refuse_running(local, filename)
         job = job_for(local, ranks, filename)
     except ManifestError as error:
         raise typer.Exit(refuse(error, output)) from error
@@ -169,14 +170,23 @@ def _refuse_here(resource: DeepSpeedFineTune, filename: str, runtime: str) -> No
         raise ManifestError(filename, tuple(problems))
 
 
+def _refuse_running(local: LocalRun, filename: str) -> None:
+    # The driver refuses too, but by then this call would have written over the live run's progress and status.
+    if is_running(local):
+        remedy = f"wait for it, or stop it; `dsft status -f {filename}` shows it"
+        raise ManifestError(filename, (Problem("metadata.name", "this run is running already", remedy),))
+
+
 def _find(resource: DeepSpeedFineTune, *, fresh: bool = False) -> LocalRun:
     from dsft_trainer.errors import TrainerError
 
     try:
-        return find_run(resource, runs_folder(), fresh=fresh)
+        local = find_run(resource, runs_folder(), fresh=fresh)
     except TrainerError as error:
         err.print(escape(str(error)), style="red", highlight=False)
         raise typer.Exit(error.exit_code) from error
+    settle_status(local)
+    return local
 
 
 def _print_status(local: LocalRun, output: Format) -> None:
@@ -189,7 +199,7 @@ def _print_status(local: LocalRun, output: Format) -> None:
 
 
 def _print_text(local: LocalRun, current: FineTuneStatus) -> None:
-    table = Table(box=None, show_header=False)
+    table = Table("", Column(overflow="fold"), box=None, show_header=False)
     running = "running" if is_running(local) else "not running"
     table.add_row("phase", f"{current.phase} ({running})")
     table.add_row("message", escape(current.message or ""))

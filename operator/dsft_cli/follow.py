@@ -7,16 +7,16 @@ import sys
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 
 import yaml
 from pydantic import ValidationError
 
+from dsft_api.conditions import ExitCode
 from dsft_api.job import JOB_ENV, Job
 from dsft_api.progress import PROGRESS_FILE, Progress, TrainerPhase
-from dsft_api.resource import DeepSpeedFineTune
+from dsft_api.resource import DeepSpeedFineTune, spec_hash
 from dsft_api.status import FineTuneStatus
-from dsft_cli.local_run import LocalRun
+from dsft_cli.local_run import LocalRun, is_running
 from dsft_cli.local_status import status_of
 from dsft_cli.view import View
 
@@ -58,36 +58,65 @@ def _pass_signals_on(trainer: "subprocess.Popen[bytes]", view: View, job: Job) -
 
 
 def _watch(run: LocalRun, job: Job, trainer: "subprocess.Popen[bytes]", view: View) -> int:
-    status = read_status(run)
-    logs = run.log_file(job.attempt).parent.as_uri()
     seen = -1
-    progress: Progress | None = None
     while True:
         code = trainer.poll()
-        latest = _read_progress(run.channel / PROGRESS_FILE, job)
-        if latest is not None and latest.seq != seen:
-            seen, progress = latest.seq, latest
+        progress = read_progress(run)
+        if progress is not None and progress.seq != seen and progress.attempt == job.attempt:
+            seen = progress.seq
             view.show(progress)
-            status = status_of(job, progress, status, logs=logs, now=datetime.now(UTC))
-            write_status(run, status)
+            write_status(run, _next_status(run, progress))
         if code is not None:
             break
         time.sleep(POLL_SECONDS)
     # A process that a signal killed has a negative code, which is no exit code of ours.
-    code = code if code >= 0 else 1
-    progress = progress or Progress(
-        seq=0, run_uid=run.uid, attempt=job.attempt, phase=TrainerPhase.FAILED, updated_at=datetime.now(UTC)
-    )
-    write_status(run, status_of(job, progress, status, logs=logs, now=datetime.now(UTC), exit_code=code))
+    code = code if code >= 0 else int(ExitCode.OTHER)
+    write_status(run, _next_status(run, read_progress(run) or _silence(run, job), code))
     return code
 
 
-def _read_progress(path: Path, job: Job) -> Progress | None:
+def settle_status(run: LocalRun) -> None:
+    """Bring status.yaml up to date with a trainer that ended when nobody was watching any more."""
+    progress = read_progress(run)
+    status = read_status(run)
+    known = status is not None and any(a.number == run.attempts and a.end_time for a in status.attempts)
+    if progress is None or known or is_running(run):
+        return
+    match progress.phase:
+        case TrainerPhase.SUCCEEDED:
+            code = ExitCode.OK
+        case TrainerPhase.INTERRUPTED:
+            code = ExitCode.INTERRUPTED
+        case _:
+            code = progress.failure.exit_code if progress.failure else ExitCode.OTHER
+    write_status(run, _next_status(run, progress, int(code)))
+
+
+def _next_status(run: LocalRun, progress: Progress, exit_code: int | None = None) -> FineTuneStatus:
+    return status_of(
+        progress,
+        read_status(run),
+        spec_hash=spec_hash(run.resource.spec),
+        storage_prefix=run.storage_prefix,
+        logs=run.log_file(progress.attempt).parent.as_uri(),
+        now=datetime.now(UTC),
+        exit_code=exit_code,
+    )
+
+
+def _silence(run: LocalRun, job: Job) -> Progress:
+    """What a trainer that died before its first word would have told."""
+    return Progress(
+        seq=0, run_uid=run.uid, attempt=job.attempt, phase=TrainerPhase.FAILED, updated_at=datetime.now(UTC)
+    )
+
+
+def read_progress(run: LocalRun) -> Progress | None:
+    """The trainer's last document; None if there is none."""
     try:
-        progress = Progress.model_validate_json(path.read_text())
+        return Progress.model_validate_json((run.channel / PROGRESS_FILE).read_text())
     except (FileNotFoundError, ValidationError):
         return None
-    return progress if progress.attempt == job.attempt else None
 
 
 def read_status(run: LocalRun) -> FineTuneStatus | None:

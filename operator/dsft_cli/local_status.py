@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from datetime import datetime
 
 from dsft_api.conditions import ConditionType, ExitCode, Phase, Reason
-from dsft_api.job import CONTRACT, Job
+from dsft_api.job import CONTRACT
 from dsft_api.progress import Progress, TrainerPhase
 from dsft_api.status import Attempt, Condition, FineTuneStatus, Logs, Resolved
 
@@ -27,10 +27,11 @@ MAX_ATTEMPTS = 20
 
 
 def status_of(
-    job: Job,
     progress: Progress,
     previous: FineTuneStatus | None,
     *,
+    spec_hash: str,
+    storage_prefix: str,
     logs: str,
     now: datetime,
     exit_code: int | None = None,
@@ -49,9 +50,9 @@ def status_of(
         phase=phase,
         message=message,
         conditions=tuple(_conditions(progress, phase, message, previous, now)),
-        spec_hash=job.spec_hash,
-        resolved=Resolved(contract=CONTRACT, storage_prefix=job.storage_prefix),
-        attempt=job.attempt,
+        spec_hash=spec_hash,
+        resolved=Resolved(contract=CONTRACT, storage_prefix=storage_prefix),
+        attempt=progress.attempt,
         progress=progress.progress or (previous.progress if previous else None),
         evaluation=progress.evaluation or (previous.evaluation if previous else None),
         checkpoints=progress.checkpoints or (previous.checkpoints if previous else None),

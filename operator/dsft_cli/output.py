@@ -22,10 +22,11 @@ class Format(StrEnum):
 
 
 err = Console(stderr=True, soft_wrap=True)
-out = Console(soft_wrap=True)
+# A table is cut to the width of the terminal; in a pipe nothing is.
+out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 1000)
 
 
-def document(value: Any, form: Format) -> None:  # noqa: ANN401  any JSON value
+def document(value: Any, form: Format) -> None:
     """Print one document to standard output."""
     if form is Format.JSON:
         sys.stdout.write(json.dumps(value, indent=2) + "\n")

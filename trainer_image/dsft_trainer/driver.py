@@ -46,6 +46,7 @@ _RAY_DEFAULTS = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
 }
 # ZeRO-3 allocates and frees whole layers in each step. On CPU glibc would map and unmap them every time, at the price of page
 # faults: measured 10 to 15 % of a step.
@@ -65,9 +66,18 @@ def run(runtime: str) -> int:
         os.environ.setdefault(name, value)
     try:
         with only_one(channel.folder):
-            channel.reset()
-            channel.publish(starting(job.run.uid, job.attempt).model_dump_json(by_alias=True, exclude_none=True))
-            outcome = _attempt(job, channel, runtime)
+            return _run_recorded(job, channel, runtime)
+    except TrainerError as error:
+        log.error("%s", error)  # noqa: TRY400  the message is the whole story
+        return error.exit_code
+
+
+def _run_recorded(job: Job, channel: Channel, runtime: str) -> int:
+    """The attempt, with its beginning and a failure written to the progress document; the exit code."""
+    channel.reset()
+    channel.publish(starting(job.run.uid, job.attempt).model_dump_json(by_alias=True, exclude_none=True))
+    try:
+        outcome = _attempt(job, channel, runtime)
     except Exception as error:  # noqa: BLE001  the edge of the process
         failure = failure_of(error)
         log.error("%s", failure)  # noqa: TRY400

@@ -83,7 +83,7 @@ class StepInfo:
 class Engine:
     """DeepSpeed's engine of this rank, and everything else that a checkpoint must hold of it."""
 
-    def __init__(self, deepspeed_engine: Any, model: nn.Module, device: torch.device) -> None:  # noqa: ANN401
+    def __init__(self, deepspeed_engine: Any, model: nn.Module, device: torch.device) -> None:
         self.deepspeed = deepspeed_engine
         self.model = model
         self.device = device

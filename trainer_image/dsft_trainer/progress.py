@@ -40,7 +40,7 @@ class Reporter:
         """The current document."""
         return self._progress
 
-    def update(self, *, now: bool = True, **changes: Any) -> None:  # noqa: ANN401  fields of Progress
+    def update(self, *, now: bool = True, **changes: Any) -> None:
         """Change fields of the document and pass it on; with `now=False` only if the last time is a while ago."""
         self._progress = self._progress.model_copy(
             update={**changes, "seq": self._progress.seq + 1, "updated_at": datetime.now(UTC)}
@@ -79,7 +79,7 @@ class Reporter:
 class SilentReporter:
     """What the other ranks have: says nothing."""
 
-    def update(self, *, now: bool = True, **changes: Any) -> None:  # noqa: ANN401
+    def update(self, *, now: bool = True, **changes: Any) -> None:
         """Nothing."""
 
     def close(self) -> None:

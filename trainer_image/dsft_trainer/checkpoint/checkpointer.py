@@ -99,7 +99,7 @@ class Checkpointer:
         while commits:
             candidate = commits[-1]
             self._refuse_other_world_size(candidate)
-            if all(collectives.gather(self._fetch(candidate))):
+            if self._fetched_everywhere(candidate):
                 break
             log.warning("checkpoint %s does not match its checksums: falling back to the one before it", candidate.name)
             commits = commits[:-1]
@@ -159,6 +159,9 @@ class Checkpointer:
                 f"run with {commit.world_size} ranks again (spec.nodePools, or --workers), or start again with --fresh",
             )
 
+    def _fetched_everywhere(self, commit: Commit) -> bool:
+        return all(collectives.gather(collectives.together(lambda: self._fetch(commit))))
+
     def _fetch(self, commit: Commit) -> bool:
         """Download this rank's files; False if one is missing or differs."""
         target = self._restore_folder / commit.name
@@ -189,7 +192,7 @@ class Checkpointer:
 
     def _upload(self, folder: Path, name: str) -> None:
         files = []
-        for path in sorted(folder.rglob("*")):
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             relative = path.relative_to(folder).as_posix()
             files.append(
                 CommittedFile(path=relative, size=path.stat().st_size, sha256=_sha256(path), rank=self.place.rank)

@@ -26,10 +26,15 @@ class Retention:
 
 
 def read_claims(store: Store) -> list[Claim]:
-    """All claims of a run, oldest first."""
-    keys = [entry.key for entry in store.list(f"{ATTEMPTS}/") if ClaimId.from_key(entry.key)]
-    texts = [store.get_bytes(key) for key in keys]
-    return sorted((Claim.model_validate_json(text) for text in texts if text), key=lambda claim: claim.id)
+    """All claims of a run, oldest first. Damaged ones are left out, with a warning."""
+    claims = []
+    for entry in store.list(f"{ATTEMPTS}/"):
+        if ClaimId.from_key(entry.key):
+            try:
+                claims.append(Claim.model_validate_json(store.get_bytes(entry.key) or b""))
+            except ValidationError as error:
+                log.warning("%s is no claim and is left out: %s", entry.key, error)
+    return sorted(claims, key=lambda claim: claim.id)
 
 
 def read_commits(store: Store) -> list[Commit]:

@@ -310,7 +310,7 @@ def _is_transient(error: Exception) -> bool:
     return isinstance(error, (ConnectionError, HTTPClientError)) and not _is_untrusted(error)
 
 
-def _is_transient_reply(reply: Any, parsed: dict[str, Any]) -> bool:  # noqa: ANN401
+def _is_transient_reply(reply: Any, parsed: dict[str, Any]) -> bool:
     return reply.status_code in _TRANSIENT_STATUS or parsed.get("Error", {}).get("Code") in _TRANSIENT_CODES
 
 

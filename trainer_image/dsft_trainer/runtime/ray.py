@@ -5,6 +5,7 @@ returned can still be lost. Progress, drain and failures go through one small ac
 checkpoints are committed in storage by the ranks themselves (docs/decisions/0003).
 """
 
+import importlib
 import logging
 import os
 import tempfile
@@ -67,7 +68,7 @@ class Relay:
 class RayRuntime:
     """A rank inside a Ray Train worker."""
 
-    def __init__(self, relay: Any, datasets: Sequence[str]) -> None:  # noqa: ANN401  an actor handle
+    def __init__(self, relay: Any, datasets: Sequence[str]) -> None:
         import ray.train
 
         context = ray.train.get_context()
@@ -140,7 +141,11 @@ def launch(job: Job, channel: Channel) -> Outcome:
     Raises:
         TrainerError: the failure that a rank reported, or how Ray lost it.
     """
+    # Importing Ray Train takes torch with it, seconds in which Ray can start.
+    imports = threading.Thread(target=importlib.import_module, args=("ray.train.torch",), daemon=True)
+    imports.start()
     _connect(job)
+    imports.join()
     try:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         relay = (
@@ -158,6 +163,8 @@ def _connect(job: Job) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=True)
         return
+    # A Ray of our own has no nodes that could be drained: spare the process that would watch for it.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     gpus = job.ranks.count if job.ranks.device == "cuda" else 0
     uses_data = job.spec.workload().data.loader == "ray-data"
     ray.init(
@@ -170,7 +177,7 @@ def _connect(job: Job) -> None:
     )
 
 
-def _fit(job: Job, channel: Channel, relay: Any) -> None:  # noqa: ANN401
+def _fit(job: Job, channel: Channel, relay: Any) -> None:
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -203,7 +210,7 @@ def _fit(job: Job, channel: Channel, relay: Any) -> None:  # noqa: ANN401
         raise error
 
 
-def _fit_apart(trainer: Any) -> BaseException | None:  # noqa: ANN401
+def _fit_apart(trainer: Any) -> BaseException | None:
     """Run `fit` outside the main thread, where it cannot replace our signal handlers with an abort that commits nothing."""
     errors: list[BaseException] = []
 
