@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
@@ -49,7 +49,7 @@ class Sample:
     cpu_per_step: float
     wall_per_step: float
     peak_rss_gib: float
-    compilers: int
+    compilers: list[str]
 
 
 def manifest(folder: Path) -> Path:
@@ -134,46 +134,57 @@ def peak_rss(pid: int) -> float:
     return max(sizes) / 2**30
 
 
-def measure(
-    arm: str, argv: list[str], environment: dict[str, str], seen: Path, look: Callable[[], tuple[str, int]]
-) -> Sample:
-    """Run one arm. `look` tells its phase and the last step it finished."""
+@dataclass
+class Watch:
+    """What is noticed while an arm runs. `look` tells its phase and the last step it finished."""
+
+    look: Callable[[], tuple[str, int]]
+    phases: dict[str, float] = field(default_factory=dict)
+    marks: dict[int, tuple[int, float, float]] = field(default_factory=dict)  # wanted step: real step, CPU, wall
+    rss: float = 0.0
+
+    def notice(self, pid: int, now: float) -> None:
+        phase, step = self.look()
+        self.phases.setdefault(phase, round(now, 1))
+        if step < 1:
+            return
+        self.phases.setdefault("first step", round(now, 1))
+        self.rss = max(self.rss, peak_rss(pid))
+        for wanted in (FIRST, LAST):
+            if step >= wanted and wanted not in self.marks:
+                self.marks[wanted] = (step, cpu_seconds(pid), now)
+
+    def per_step(self, which: int) -> float:
+        """CPU (1) or wall (2) seconds per step between the marks."""
+        first, last = self.marks[FIRST], self.marks[LAST]
+        return (last[which] - first[which]) / (last[0] - first[0])
+
+
+def measure(arm: str, argv: list[str], environment: dict[str, str], seen: Path, watch: Watch) -> Sample:
+    """Run one arm to its end."""
     begin = time.monotonic()
-    phases: dict[str, float] = {}
-    marks: dict[int, tuple[float, float]] = {}
-    rss = 0.0
-    log = tempfile.TemporaryFile()
-    process = subprocess.Popen(argv, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
-    try:
-        while process.poll() is None and time.monotonic() - begin < DEADLINE:
-            phase, step = look()
-            now = time.monotonic() - begin
-            phases.setdefault(phase, round(now, 1))
-            if step >= 1:
-                phases.setdefault("first step", round(now, 1))
-            for mark in (FIRST, LAST):
-                if step >= mark and mark not in marks:
-                    marks[mark] = (cpu_seconds(process.pid) / 1.0, now)
-                    marks[-mark] = (float(step), now)
-            if step >= 1:
-                rss = max(rss, peak_rss(process.pid))
-            time.sleep(0.02)
-        code = process.wait(timeout=60)
-    finally:
-        for child in tree(process.pid):
-            child.kill()
-    if code != 0 or LAST not in marks:
-        log.seek(0)
-        raise SystemExit(f"{arm} ended with {code}:\n{log.read().decode(errors='replace')[-4000:]}")
-    steps = marks[-LAST][0] - marks[-FIRST][0]
+    seen.write_text("")
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(argv, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
+        try:
+            while process.poll() is None and time.monotonic() - begin < DEADLINE:
+                watch.notice(process.pid, time.monotonic() - begin)
+                time.sleep(0.02)
+            code = process.wait(timeout=60)
+        finally:
+            for child in tree(process.pid):
+                child.kill()
+        if code != 0 or LAST not in watch.marks:
+            log.seek(0)
+            raise SystemExit(f"{arm} ended with {code}:\n{log.read().decode(errors='replace')[-4000:]}")
     return Sample(
         arm=arm,
-        phases=phases,
-        first_step=phases["first step"],
-        cpu_per_step=(marks[LAST][0] - marks[FIRST][0]) / steps,
-        wall_per_step=(marks[LAST][1] - marks[FIRST][1]) / steps,
-        peak_rss_gib=round(rss, 2),
-        compilers=len(seen.read_text().splitlines()),
+        phases=watch.phases,
+        first_step=watch.phases["first step"],
+        cpu_per_step=watch.per_step(1),
+        wall_per_step=watch.per_step(2),
+        peak_rss_gib=round(watch.rss, 2),
+        compilers=seen.read_text().splitlines(),
     )
 
 
@@ -181,14 +192,16 @@ def run_bare(folder: Path, environment: dict[str, str], seen: Path) -> Sample:
     """Bare torchrun + DeepSpeed."""
     out = folder / "bare.log"
     out.write_text("")
-    script = f"exec {sys.executable} -m torch.distributed.run --standalone --nproc-per-node {RANKS} tests/bench/bare.py {folder} > {out}"
+    torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node {RANKS}"
+    script = f"exec {torchrun} tests/bench/bare.py {folder} > {out}"
     threads = max(1, (os.cpu_count() or 1) // RANKS)
 
     def look() -> tuple[str, int]:
         steps = [line for line in out.read_text().splitlines() if line.startswith("step ")]
         return "started", int(steps[-1].split()[1]) if steps else 0
 
-    return measure("torchrun", ["/bin/sh", "-c", script], {**environment, "OMP_NUM_THREADS": str(threads)}, seen, look)
+    environment = {**environment, "OMP_NUM_THREADS": str(threads)}
+    return measure("bare torchrun", ["/bin/sh", "-c", script], environment, seen, Watch(look))
 
 
 def run_dsft(arm: str, path: Path, folder: Path, environment: dict[str, str], seen: Path) -> Sample:
@@ -203,7 +216,7 @@ def run_dsft(arm: str, path: Path, folder: Path, environment: dict[str, str], se
 
     dsft = str(Path(sys.executable).with_name("dsft"))
     argv = [dsft, "run", "-f", str(path), "--runtime", arm]
-    return measure(arm, argv, {**environment, "DSFT_RUNS": str(runs)}, seen, look)
+    return measure(f"dsft {arm}", argv, {**environment, "DSFT_RUNS": str(runs)}, seen, Watch(look))
 
 
 def main() -> int:
@@ -220,11 +233,8 @@ def main() -> int:
                 run_dsft("ray", path, folder, environment, seen),
                 run_dsft("torchrun", path, folder, environment, seen),
             ):
-                arm = (
-                    "bare torchrun" if sample.arm == "torchrun" and "started" in sample.phases else f"dsft {sample.arm}"
-                )
-                samples.append(Sample(**{**asdict(sample), "arm": arm}))
-                print(f"round {number + 1}: {json.dumps(asdict(samples[-1]))}", flush=True)
+                samples.append(sample)
+                print(f"round {number + 1}: {json.dumps(asdict(sample))}", flush=True)
     return judge(samples)
 
 

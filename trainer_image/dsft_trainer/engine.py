@@ -156,14 +156,16 @@ class Engine:
         return self.deepspeed._zero3_consolidated_16bit_state_dict() or {}
 
 
-def without_shm_op() -> None:
+def without_compiled_ops() -> None:
     """Keep DeepSpeed's CPU backend from compiling its shared-memory op when the process group starts.
 
-    The op only serves `inference_all_reduce`; there is no public switch (DeepSpeed 0.19, comm/torch.py).
+    The op only serves `inference_all_reduce`. There is no public switch; `comm/torch.py`, the one reader of this table in
+    DeepSpeed 0.19, takes an op that is not in it for incompatible. Even reading the table would first probe all ops with the
+    compiler, so it is put there before anybody does.
     """
     import deepspeed.ops
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__ = {}
 
 
 def start_engine(

@@ -26,9 +26,9 @@ def prepare_process(job: Job) -> None:
 
     torch.set_num_threads(job.ranks.threads)
     if job.ranks.device == "cpu":
-        from dsft_trainer.engine import without_shm_op
+        from dsft_trainer.engine import without_compiled_ops
 
-        without_shm_op()
+        without_compiled_ops()
 
 
 def torch_device(job: Job, local_rank: int) -> "torch.device":
