@@ -1,0 +1,42 @@
+"""What the documents show is what the repository holds."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dsft_api.manifest import parse
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
+
+
+def test_the_manifest_in_the_readme_is_the_quickstart() -> None:
+    block = re.search(r"```yaml\n(apiVersion.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block is not None
+    assert yaml.safe_load(block[1]) == yaml.safe_load((ROOT / "examples/quickstart.yaml").read_text())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_manifests_in_the_documents_are_valid(page: Path) -> None:
+    for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)):
+        if block.lstrip().startswith("apiVersion"):
+            parse(block, f"{page.name}, block {number}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_documents_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
+    local = [link for link in links if "://" not in link]
+    assert [link for link in local if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_make_targets_in_the_documents_exist(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"`make ([a-z-]+)`", page.read_text())) | set(
+        re.findall(r"^make ([a-z-]+)", page.read_text(), re.MULTILINE)
+    )
+    assert named
+    assert named <= targets
