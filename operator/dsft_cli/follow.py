@@ -79,8 +79,10 @@ def settle_status(run: LocalRun) -> None:
     """Bring status.yaml up to date with a trainer that ended when nobody was watching any more."""
     progress = read_progress(run)
     status = read_status(run)
-    known = status is not None and any(a.number == run.attempts and a.end_time for a in status.attempts)
-    if progress is None or known or is_running(run):
+    if progress is None or is_running(run):
+        return
+    # By the attempt that told, not by the last claim: one that was refused has made none.
+    if status is not None and any(a.number == progress.attempt and a.end_time for a in status.attempts):
         return
     match progress.phase:
         case TrainerPhase.SUCCEEDED:

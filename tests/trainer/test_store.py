@@ -7,7 +7,6 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from tests.s3_server import READER, S3Server
 
 from dsft_api.conditions import FailureClass
 from dsft_trainer.checkpoint.store import (
@@ -20,6 +19,7 @@ from dsft_trainer.checkpoint.store import (
     put_files,
 )
 from dsft_trainer.errors import TrainerError
+from tests.s3_server import READER, S3Server
 
 
 @pytest.fixture(params=["file", "s3"])

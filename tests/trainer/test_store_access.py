@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.s3_server import ADMIN, READER, S3Server
 
 from dsft_api.conditions import FailureClass
 from dsft_trainer.checkpoint.store import (
@@ -21,6 +20,7 @@ from dsft_trainer.checkpoint.store import (
     open_store,
 )
 from dsft_trainer.errors import TrainerError
+from tests.s3_server import ADMIN, READER, S3Server
 
 
 def denied(store: Store, *, within: float = 5.0) -> TrainerError:

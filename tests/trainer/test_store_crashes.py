@@ -14,12 +14,12 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from tests.s3_server import S3Server
 
 from dsft_trainer.checkpoint.store import (
     open_store,
 )
 from dsft_trainer.errors import TrainerError
+from tests.s3_server import S3Server
 
 MIB = 1024 * 1024
 LARGE = 133 * MIB + 7

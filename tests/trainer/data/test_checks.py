@@ -2,7 +2,6 @@
 
 import pyarrow as pa
 import pytest
-from tests.trainer import tiny
 
 from dsft_api.conditions import FailureClass
 from dsft_api.spec.identity import DatasetSource, DataSpec
@@ -10,6 +9,7 @@ from dsft_trainer.data.checks import check_rows
 from dsft_trainer.data.formats import FORMATS, check_format, columns_of, eval_source
 from dsft_trainer.data.readers import read_path
 from dsft_trainer.errors import TrainerError
+from tests.trainer import tiny
 
 
 def source(data_format, **fields) -> DatasetSource:

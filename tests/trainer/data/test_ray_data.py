@@ -3,13 +3,13 @@
 import pyarrow as pa
 import pytest
 import ray
-from tests.trainer import tiny
 
 from dsft_api.conditions import FailureClass
 from dsft_api.spec.identity import DataSpec
 from dsft_trainer.data import tokens
 from dsft_trainer.data.ray_data import collect, tokenize_with_ray
 from dsft_trainer.errors import TrainerError
+from tests.trainer import tiny
 
 
 @pytest.fixture(scope="module", autouse=True)

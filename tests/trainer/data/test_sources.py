@@ -9,7 +9,6 @@ import datasets
 import pyarrow as pa
 import pytest
 from pyarrow import csv, parquet
-from tests.trainer import tiny
 
 from dsft_api.conditions import FailureClass
 from dsft_api.spec.identity import DatasetSource
@@ -17,6 +16,7 @@ from dsft_api.spec.placement import StorageSpec
 from dsft_trainer.checkpoint.store import open_store
 from dsft_trainer.data.sources import fetch, hub_error, load_rows
 from dsft_trainer.errors import TrainerError
+from tests.trainer import tiny
 
 ROWS = [{"text": "a ship", "label": 0}, {"text": "7", "label": 1}, {"text": "2024-01-01 10:00:00", "label": 0}]
 TABLE = pa.table({"text": [row["text"] for row in ROWS], "label": [row["label"] for row in ROWS]})

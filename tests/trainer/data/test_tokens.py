@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from tests.trainer import tiny
 from transformers import AutoTokenizer
 
 from dsft_api.conditions import FailureClass
@@ -15,6 +14,7 @@ from dsft_trainer.data.indexed import open_indexed, write_indexed
 from dsft_trainer.data.sources import fetch
 from dsft_trainer.data.tokens import IGNORED, Encoder, set_chat_template, tokenize
 from dsft_trainer.errors import TrainerError
+from tests.trainer import tiny
 
 BOS, EOS = 1, 2
 

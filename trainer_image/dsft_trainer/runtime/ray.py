@@ -8,6 +8,7 @@ checkpoints are committed in storage by the ranks themselves (docs/decisions/000
 import importlib
 import logging
 import os
+import signal
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -144,7 +145,11 @@ def launch(job: Job, channel: Channel) -> Outcome:
     # Importing Ray Train takes torch with it, seconds in which Ray can start.
     imports = threading.Thread(target=importlib.import_module, args=("ray.train.torch",), daemon=True)
     imports.start()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     _connect(job)
+    # ray.init puts a handler of its own in their place, which ends the process at SIGTERM.
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     imports.join()
     try:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

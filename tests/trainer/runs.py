@@ -1,0 +1,194 @@
+"""Runs of `dsft run` as a user starts them: processes of their own, killed without mercy, judged by what is in storage."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from dsft_api.layout import CHECKPOINTS, EXPORT, RESULT_FILE
+from dsft_api.manifest import parse
+from dsft_cli.local_run import LocalRun, find_run
+from dsft_trainer.checkpoint.commits import COMMIT_FILE, Claim, ClaimId, Commit, parse_name
+from dsft_trainer.checkpoint.listing import read_claims
+from dsft_trainer.checkpoint.store import Store, open_store
+
+# Generous, since others may use the cores: a start takes 10 s on two free ones, and 20 s with Ray.
+PATIENCE_SECONDS = 240.0
+
+Manifest = dict[str, Any]
+
+
+def causal_lm(name: str, model: Path, train: Path, *, steps: int, seed: int = 7) -> Manifest:
+    """A manifest of `steps` steps on CPU in fp32: a causal-lm on the rows of FORMAT.jsonl. To be changed by its reader."""
+    return {
+        "apiVersion": "dsft.dev/v1alpha1",
+        "kind": "DeepSpeedFineTune",
+        "metadata": {"name": name},
+        "spec": {
+            "model": {"uri": model.as_uri(), "task": "causal-lm"},
+            "data": {"train": {"uri": train.as_uri(), "format": train.stem}, "maxLength": 128},
+            "training": {
+                "maxSteps": steps,
+                "globalBatchSize": 8,
+                "optimizer": {"learningRate": 3e-3, "weightDecay": 0.1},
+                "schedule": {"type": "constant"},
+                "precision": "fp32",
+                "seed": seed,
+            },
+            "execution": {"device": "cpu", "microBatchSize": 2},
+            "tracking": {"tensorboard": False},
+        },
+    }
+
+
+def wait_until(fact: Callable[[], bool], what: str, seconds: float = PATIENCE_SECONDS) -> None:
+    """Look every few milliseconds, for a bounded time."""
+    deadline = time.monotonic() + seconds
+    pause = threading.Event()
+    while not fact():
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
+        pause.wait(0.002)
+
+
+@dataclass
+class Run:
+    """One manifest with a runs folder of its own."""
+
+    manifest: Manifest
+    folder: Path
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True)
+        self.file.write_text(yaml.safe_dump(self.manifest))
+        self.store: Store = open_store(self.local().storage_prefix)
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "manifest.yaml"
+
+    def local(self) -> LocalRun:
+        """What the CLI finds."""
+        return find_run(parse(self.file.read_text(), str(self.file)), self.folder / "runs")
+
+    @contextmanager
+    def started(self, runtime: str = "torchrun", workers: int = 2) -> Iterator["subprocess.Popen[bytes]"]:
+        """`dsft run` as the leader of a session, which does not outlive the block."""
+        dsft = Path(sys.executable).with_name("dsft")
+        scratch = self.folder / "scratch"
+        scratch.mkdir(exist_ok=True)
+        with (self.folder / "cli.log").open("ab") as log:
+            process = subprocess.Popen(
+                [str(dsft), "run", "-f", str(self.file), "--runtime", runtime, "--workers", str(workers)],
+                env={
+                    **os.environ,
+                    "PATH": f"{dsft.parent}{os.pathsep}{os.environ['PATH']}",
+                    "DSFT_RUNS": str(self.folder / "runs"),
+                    "DSFT_SCRATCH": str(scratch),
+                    **self.environment,
+                },
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        try:
+            yield process
+        finally:
+            kill_session(process)
+
+    def finish(self, runtime: str = "torchrun", workers: int = 2) -> None:
+        """Run to the end, which must be a good one."""
+        with self.started(runtime, workers) as process:
+            code = process.wait(PATIENCE_SECONDS)
+        assert code == 0, f"exit code {code}:\n{self.log_tail()}"
+        assert self.store.get_bytes(RESULT_FILE) is not None
+
+    def log_tail(self) -> str:
+        """The end of what the CLI and the newest attempt printed."""
+        local = self.local()
+        logs = [self.folder / "cli.log", *(local.log_file(n) for n in (local.attempts, local.attempts + 1))]
+        return "\n".join(f"{path}:\n{path.read_text()[-3000:]}" for path in logs if path.exists())
+
+    def claims(self) -> list[Claim]:
+        """All of them, oldest first."""
+        return read_claims(self.store)
+
+    def checkpoints(self) -> dict[str, bool]:
+        """The folders there are, and whether each is committed."""
+        keys = [entry.key.split("/") for entry in self.store.list(CHECKPOINTS)]
+        committed = {name for _, name, *rest in keys if rest == [COMMIT_FILE]}
+        return {name: name in committed for _, name, *_ in keys}
+
+    def newest_step(self) -> int:
+        """The largest committed step; 0 if there is none."""
+        parsed = [parse_name(name) for name, committed in self.checkpoints().items() if committed]
+        return max((step for step, _ in filter(None, parsed)), default=0)
+
+    def metrics(self, claim: ClaimId) -> list[dict[str, Any]]:
+        """The lines that a group start stored, in order."""
+        keys = [entry.key for entry in self.store.list("metrics") if entry.key.startswith(f"metrics/{claim}-")]
+        return [json.loads(line) for key in keys for line in (self.store.get_bytes(key) or b"").splitlines()]
+
+    def losses(self) -> list[float]:
+        """The training loss of every step of a run that was never interrupted."""
+        (claim,) = self.claims()
+        return [line["loss"] for line in self.metrics(claim.id) if line["kind"] == "train"]
+
+    def weights(self) -> dict[str, str]:
+        """Digests of the exported weights, by file."""
+        entries = [entry for entry in self.store.list(EXPORT) if entry.key.endswith(".safetensors")]
+        return {e.key: hashlib.sha256(self.store.get_bytes(e.key) or b"").hexdigest() for e in entries}
+
+    def assert_commits_whole(self) -> None:
+        """Every checkpoint that has a COMMIT.json has every file it lists, bit for bit."""
+        sizes = {entry.key: entry.size for entry in self.store.list(CHECKPOINTS)}
+        for name in (name for name, committed in self.checkpoints().items() if committed):
+            commit = Commit.model_validate_json(self.store.get_bytes(f"{CHECKPOINTS}/{name}/{COMMIT_FILE}") or b"")
+            assert {file.rank for file in commit.files} == set(range(commit.world_size))
+            for file in commit.files:
+                key = f"{CHECKPOINTS}/{name}/{file.path}"
+                assert sizes.get(key) == file.size, key
+                assert hashlib.sha256(self.store.get_bytes(key) or b"").hexdigest() == file.sha256, key
+
+
+def family(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
+    """A process and all below it, to be asked about after its death."""
+    leader = psutil.Process(process.pid)
+    return [leader, *leader.children(recursive=True)]
+
+
+def kill_session(process: "subprocess.Popen[bytes]") -> int:
+    """SIGKILL for every process group of the leader's session, as when a machine goes away; the leader's exit code."""
+    for group in _groups_of_session(process.pid):
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+    return process.wait(30)
+
+
+def _groups_of_session(leader: int) -> set[int]:
+    groups = set()
+    for pid in psutil.pids():
+        with suppress(ProcessLookupError):
+            if os.getsid(pid) == leader:
+                groups.add(os.getpgid(pid))
+    return groups
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """False for a process that only waits for somebody to read its exit code."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

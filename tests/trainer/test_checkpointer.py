@@ -1,0 +1,238 @@
+"""The checkpoint protocol on one rank: what a start finds, what it sweeps, what it refuses, and what is retired."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from dsft_api.conditions import FailureClass
+from dsft_trainer.checkpoint.checkpointer import Checkpointer, Identity
+from dsft_trainer.checkpoint.listing import Retention, read_commits
+from dsft_trainer.checkpoint.store import Store, open_store
+from dsft_trainer.errors import TrainerError
+from dsft_trainer.runtime import Place
+
+KEEP_TEN = Retention(keep_last=10, keep_best=0, metric="loss", larger_is_better=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(params=["file", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return open_store(request.getfixturevalue("s3_uri") if request.param == "s3" else (tmp_path / "run").as_uri())
+
+
+class State:
+    """One rank's state: a large file and a small one in a folder below, as DeepSpeed writes them."""
+
+    def __init__(self) -> None:
+        self.value = ""
+
+    def save(self, folder: Path, tag: str) -> None:
+        (folder / tag / "zero").mkdir(parents=True)
+        (folder / tag / "model.pt").write_text(self.value * 1000)
+        (folder / tag / "zero" / "optimizer.pt").write_text(self.value)
+
+    def load(self, folder: Path, tag: str) -> None:
+        self.value = (folder / tag / "zero" / "optimizer.pt").read_text()
+        assert (folder / tag / "model.pt").read_text() == self.value * 1000
+
+
+class Start:
+    """One group start of a run."""
+
+    def __init__(self, store: Store, scratch: Path, *, retention: Retention = KEEP_TEN, world_size: int = 1) -> None:
+        # Each start is another machine: it finds nothing of the one before.
+        shutil.rmtree(scratch, ignore_errors=True)
+        self.checkpointer = Checkpointer(
+            store,
+            Place(rank=0, world_size=world_size, local_rank=0),
+            scratch,
+            Identity(spec_hash="sha256:0", zero_stage=3, precision="fp32", versions={"torch": "2"}),
+            retention,
+        )
+        self.state = State()
+
+    def begin(self, attempt: int) -> int:
+        """Claim and load; the step to go on from."""
+        base = self.checkpointer.begin(attempt)
+        self.checkpointer.load(self.state)
+        return base.step if base else 0
+
+    def save(self, step: int, loss: float | None = None) -> str:
+        """Commit a state that tells its step; the checkpoint's name."""
+        self.state.value = f"step {step} of {self.checkpointer.claim}"
+        metrics = {} if loss is None else {"loss": loss}
+        return self.checkpointer.save(self.state, step=step, samples=8 * step, epoch=step / 10, metrics=metrics).name
+
+
+def folders(store: Store) -> set[str]:
+    return {entry.key.split("/")[1] for entry in store.list("checkpoints")}
+
+
+def steps(store: Store) -> list[int]:
+    return [commit.step for commit in read_commits(store)]
+
+
+def test_a_new_start_goes_on_from_the_newest_commit(store: Store, tmp_path: Path) -> None:
+    first = Start(store, tmp_path / "scratch")
+    assert first.begin(1) == 0
+    first.save(3)
+    name = first.save(6, loss=0.5)
+    second = Start(store, tmp_path / "scratch")
+    assert second.begin(1) == 6
+    assert second.state.value == "step 6 of a1.g1"
+    assert str(second.checkpointer.claim) == "a1.g2"
+    base = second.checkpointer.base
+    assert base is not None
+    assert (base.name, base.samples, base.epoch, base.metrics) == (name, 48, 0.6, {"loss": 0.5})
+    second.save(9)
+    assert steps(store) == [3, 6, 9]
+
+
+def test_nothing_is_left_on_the_node(store: Store, tmp_path: Path) -> None:
+    for attempt in (1, 2):
+        start = Start(store, tmp_path / "scratch")
+        start.begin(attempt)
+        start.save(3 * attempt)
+        assert [path for path in (tmp_path / "scratch").rglob("*") if path.is_file()] == []
+
+
+def test_a_start_sweeps_what_does_not_count(store: Store, tmp_path: Path) -> None:
+    first = Start(store, tmp_path / "scratch")
+    first.begin(1)
+    kept = first.save(3)
+    torn = first.save(6)
+    store.delete([f"checkpoints/{torn}/COMMIT.json"])
+    store.put_bytes("checkpoints/step-00000009-a1.g1/model.pt", b"half")
+    assert Start(store, tmp_path / "scratch").begin(2) == 3
+    assert folders(store) == {kept}
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_best", "larger_is_better", "expected"),
+    [
+        pytest.param(1, 0, False, [5], id="the last"),
+        pytest.param(2, 0, False, [4, 5], id="the last two"),
+        pytest.param(1, 1, False, [2, 5], id="the last and the smallest loss"),
+        pytest.param(2, 1, True, [3, 4, 5], id="the last two and the largest score"),
+    ],
+)
+def test_retention(
+    store: Store, tmp_path: Path, keep_last: int, keep_best: int, larger_is_better: bool, expected: list[int]
+) -> None:
+    retention = Retention(keep_last, keep_best, "loss", larger_is_better)
+    start = Start(store, tmp_path / "scratch", retention=retention)
+    start.begin(1)
+    for step, loss in enumerate([0.4, 0.1, 0.9, 0.3, 0.2], start=1):
+        start.save(step, loss)
+    assert steps(store) == expected
+    assert [commit.step for commit in start.checkpointer.commits] == expected
+    assert len(folders(store)) == len(expected)
+
+
+def test_retention_goes_on_where_the_start_before_left_it(store: Store, tmp_path: Path) -> None:
+    retention = Retention(keep_last=1, keep_best=1, metric="loss", larger_is_better=False)
+    for attempt, losses in [(1, [0.1, 0.3]), (2, [0.4, 0.2])]:
+        start = Start(store, tmp_path / "scratch", retention=retention)
+        begun = start.begin(attempt)
+        for step, loss in enumerate(losses, start=begun + 1):
+            start.save(step, loss)
+    assert steps(store) == [1, 4]
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut short", "missing"])
+def test_a_damaged_file_means_the_commit_before(store: Store, tmp_path: Path, damage: str) -> None:
+    first = Start(store, tmp_path / "scratch")
+    first.begin(1)
+    whole = first.save(3)
+    key = f"checkpoints/{first.save(6)}/zero/optimizer.pt"
+    content = store.get_bytes(key)
+    assert content is not None
+    if damage == "missing":
+        store.delete([key])
+    else:
+        store.put_bytes(key, content[:-1] if damage == "cut short" else content[:-1] + b"?")
+    second = Start(store, tmp_path / "scratch")
+    assert second.begin(2) == 3
+    assert second.state.value == "step 3 of a1.g1"
+    assert folders(store) == {whole}
+    second.save(6)
+    assert Start(store, tmp_path / "scratch").begin(3) == 6
+
+
+def test_when_no_commit_is_whole_training_begins_anew(store: Store, tmp_path: Path) -> None:
+    first = Start(store, tmp_path / "scratch")
+    first.begin(1)
+    for step in (3, 6):
+        store.put_bytes(f"checkpoints/{first.save(step)}/model.pt", b"?")
+    second = Start(store, tmp_path / "scratch")
+    assert second.begin(2) == 0
+    assert second.checkpointer.base is None
+    assert folders(store) == set()
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b'{"name": "step-00000006-a1.g1"}'], ids=["empty", "half", "incomplete"])
+def test_a_damaged_commit_file_means_the_commit_before(store: Store, tmp_path: Path, text: bytes) -> None:
+    first = Start(store, tmp_path / "scratch")
+    first.begin(1)
+    whole = first.save(3)
+    store.put_bytes(f"checkpoints/{first.save(6)}/COMMIT.json", text)
+    assert steps(store) == [3]
+    second = Start(store, tmp_path / "scratch")
+    assert second.begin(2) == 3
+    assert folders(store) == {whole}
+
+
+def test_a_superseded_start_stops_without_a_commit(store: Store, tmp_path: Path) -> None:
+    zombie = Start(store, tmp_path / "zombie")
+    zombie.begin(1)
+    zombie.save(3)
+    successor = Start(store, tmp_path / "scratch")
+    assert successor.begin(2) == 3
+    with pytest.raises(TrainerError, match=r"a2\.g1 has taken this run over from a1\.g1") as caught:
+        zombie.save(6)
+    assert caught.value.failure_class is FailureClass.HEAD_LOST
+    assert steps(store) == [3]
+    successor.save(6)
+    assert steps(store) == [3, 6]
+    # What the zombie uploaded goes with the next start.
+    third = Start(store, tmp_path / "scratch")
+    assert third.begin(3) == 6
+    assert third.state.value == "step 6 of a2.g1"
+    assert folders(store) == {"step-00000003-a1.g1", "step-00000006-a2.g1"}
+
+
+def test_a_zombie_that_commits_in_the_last_moment_is_not_read(store: Store, tmp_path: Path) -> None:
+    zombie = Start(store, tmp_path / "zombie")
+    zombie.begin(1)
+    zombie.save(3)
+    # The successor chose its base before this commit, and claimed after it.
+    claim = json.loads(store.get_bytes("attempts/a1.g1.json") or b"")
+    late = {**claim, "id": {"attempt": 2, "group": 1}, "base": "step-00000003-a1.g1", "baseStep": 3, "nonce": "2"}
+    zombie.save(6)
+    store.put_bytes("attempts/a2.g1.json", json.dumps(late).encode())
+    assert steps(store) == [3]
+    third = Start(store, tmp_path / "scratch")
+    assert third.begin(3) == 3
+    assert folders(store) == {"step-00000003-a1.g1"}
+
+
+def test_another_number_of_ranks_is_refused(store: Store, tmp_path: Path) -> None:
+    first = Start(store, tmp_path / "scratch")
+    first.begin(1)
+    name = first.save(3)
+    with pytest.raises(TrainerError, match=f"{name} was written by 1 ranks, and 2 would load it") as caught:
+        Start(store, tmp_path / "scratch", world_size=2).begin(2)
+    assert caught.value.failure_class is FailureClass.CONFIG_INVALID
+    assert "--workers" in caught.value.remedy
+    # The refused start left no trace: with the old number of ranks the run goes on.
+    assert Start(store, tmp_path / "scratch").begin(2) == 3

@@ -1,0 +1,168 @@
+"""A run that is killed without warning, again and again, trains exactly as one that never was.
+
+The same loss at every step, bit for bit, with dropout on; nothing that was committed is trained twice; no commit is ever
+damaged; and nothing of a killed run lives on.
+"""
+
+import json
+import random
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import pytest
+
+from tests.trainer import tiny
+from tests.trainer.runs import Manifest, Run, causal_lm, family, is_alive, kill_session, wait_until
+
+STEPS = 60
+SEED = 1
+
+KillPoint = Literal["inside a checkpoint", "between checkpoints"]
+# Seconds after the folder of a checkpoint, or its COMMIT.json, appeared.
+LATEST: dict[KillPoint, float] = {"inside a checkpoint": 0.03, "between checkpoints": 0.3}
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    folder = tmp_path_factory.mktemp("assets")
+    model = tiny.llama(folder / "model")
+    # The position of every rank's random generator decides the losses.
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1}))
+    document = causal_lm("killed", model, tiny.dataset(folder, "prompt_completion"), steps=STEPS)
+    document["spec"]["data"]["evalFraction"] = 0.1
+    document["spec"]["evaluation"] = {"everySteps": 4}
+    document["spec"]["checkpoint"] = {"everySteps": 3}
+    return document
+
+
+@pytest.fixture(scope="module")
+def reference(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run that nobody kills."""
+    run = Run(manifest, tmp_path_factory.mktemp("reference") / "run")
+    run.finish()
+    return run
+
+
+@dataclass
+class Killer:
+    """Kills a run at random moments, and keeps the record."""
+
+    run: Run
+    runtime: str
+    chance: random.Random
+    newest_at_start: list[int] = field(default_factory=list)
+    kills: list[str] = field(default_factory=list)
+    torn: int = 0
+
+    def kill(self, point: KillPoint) -> None:
+        """Start the run, and kill it at the first such point."""
+        delay = self.chance.uniform(0, LATEST[point])
+        claims = len(self.run.claims())
+        before = self.run.checkpoints()
+        self.newest_at_start.append(self.run.newest_step())
+        with self.run.started(self.runtime) as process:
+            self._await(process, lambda: len(self.run.claims()) > claims, "a claim")
+            processes = family(process)
+            if point == "inside a checkpoint":
+                self._await(
+                    process, lambda: bool(self.run.checkpoints().keys() - before.keys()), "a checkpoint's folder"
+                )
+            else:
+                self._await(process, lambda: any(self._new(before).values()), "a commit")
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(delay)
+            assert kill_session(process) == -9, f"the run was over before its kill:\n{self.run.log_tail()}"
+        self.kills.append(f"{point} +{delay * 1000:.0f} ms")
+        self._assert_nothing_lives(processes)
+        self.torn += not all(self._new(before).values())
+        self.run.assert_commits_whole()
+
+    def finish(self, runtime: str) -> None:
+        """Let the run come to its end."""
+        self.newest_at_start.append(self.run.newest_step())
+        self.run.finish(runtime)
+
+    def _new(self, before: dict[str, bool]) -> dict[str, bool]:
+        return {name: committed for name, committed in self.run.checkpoints().items() if name not in before}
+
+    def _await(self, process: "subprocess.Popen[bytes]", fact: Any, what: str) -> None:
+        wait_until(lambda: process.poll() is not None or fact(), what)
+        assert process.poll() is None, f"the run ended before {what}:\n{self.run.log_tail()}"
+
+    def _assert_nothing_lives(self, processes: list[psutil.Process]) -> None:
+        """Ranks, and with Ray its daemons and workers: those known at the start of training, and any of this folder."""
+        assert len(processes) >= 4, processes
+        wait_until(lambda: not any(map(is_alive, processes)), f"the end of {processes} after the kill", 30)
+
+
+def lines_by_step(run: Run, kind: str) -> dict[int, dict[str, Any]]:
+    """What the reference stored, without what the clock decides."""
+    (claim,) = run.claims()
+    return {line["step"]: timeless(line) for line in run.metrics(claim.id) if line["kind"] == kind}
+
+
+def timeless(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in line.items() if name != "tokens_per_second"}
+
+
+def assert_same_training(run: Run, reference: Run) -> None:
+    """Loss, gradient norm and evaluation of every step in every attempt are the reference's, bit for bit."""
+    trained, evaluated = lines_by_step(reference, "train"), lines_by_step(reference, "eval")
+    assert list(trained) == list(range(1, STEPS + 1))
+    seen_trained, seen_evaluated = set(), set()
+    for claim in run.claims():
+        lines = [timeless(line) for line in run.metrics(claim.id)]
+        steps = [line["step"] for line in lines if line["kind"] == "train"]
+        assert steps == list(range(claim.base_step + 1, claim.base_step + 1 + len(steps))), claim
+        for line in lines:
+            expected = (trained if line["kind"] == "train" else evaluated)[line["step"]]
+            assert line == expected, f"{claim.id} from step {claim.base_step}"
+        seen_trained |= set(steps)
+        seen_evaluated |= {line["step"] for line in lines if line["kind"] == "eval"}
+    assert seen_trained == trained.keys()
+    assert seen_evaluated == evaluated.keys()
+    assert run.weights() == reference.weights() != {}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("runtime", "finisher", "storage", "kills"),
+    [
+        ("torchrun", "torchrun", "file", 10),
+        ("torchrun", "torchrun", "s3", 10),
+        ("ray", "ray", "file", 2),
+        # Who starts the ranks may change between attempts.
+        ("ray", "torchrun", "s3", 1),
+    ],
+    ids=lambda value: str(value),
+)
+def test_killed_run_trains_as_if_it_never_was(
+    runtime: str,
+    finisher: str,
+    storage: str,
+    kills: int,
+    manifest: Manifest,
+    reference: Run,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    if storage == "s3":
+        uri = request.getfixturevalue("s3_uri")
+        manifest = {**manifest, "spec": {**manifest["spec"], "storage": {"uri": uri}}}
+    killer = Killer(Run(manifest, tmp_path / "run"), runtime, random.Random(f"{SEED} {runtime} {storage}"))
+    points: tuple[KillPoint, ...] = ("inside a checkpoint", "between checkpoints")
+    try:
+        for number in range(kills):
+            killer.kill(points[number % 2])
+        killer.finish(finisher)
+    finally:
+        # Shown by pytest when the test fails.
+        print(f"seed {SEED}; {killer.torn} checkpoints were torn; kills: {', '.join(killer.kills)}")
+    assert [claim.base_step for claim in killer.run.claims()] == killer.newest_at_start
+    assert killer.torn > 0, "no kill came inside a checkpoint"
+    assert_same_training(killer.run, reference)
