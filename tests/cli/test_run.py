@@ -19,7 +19,8 @@ from dsft_trainer.data.sampler import GlobalBatches
 from tests.cli.command import Dsft, Ended, RunFolder, classifier, edited
 from tests.trainer import tiny
 
-pytestmark = pytest.mark.slow
+# Others may use the cores: the bounds of `command` are the ones that matter.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 COMPILERS = ("cc", "gcc", "c++", "g++", "nvcc", "ninja")
 TORCHRUN = ("--runtime", "torchrun")

@@ -120,6 +120,10 @@ JOBS: Mapping[str, Callable[[Path], Spec]] = {
 }
 
 
+# A job whose rows are cut before what is to be learnt.
+CUT = "cut-too-short"
+
+
 def write_job(folder: Path, name: str, body: Spec) -> None:
     spec = FineTuneSpec.model_validate(body)
     job = Job(
@@ -141,6 +145,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "inputs").mkdir()
     for name, spec in JOBS.items():
         write_job(folder / "jobs", name, spec(folder / "inputs"))
+    cut = causal(folder / "inputs", "prompt_completion")
+    write_job(folder / "jobs", CUT, {**cut, "data": {**cut["data"], "maxLength": 8}})
     ranks = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
@@ -201,3 +207,12 @@ def test_rows_that_were_held_out_are_evaluated(trained: Path) -> None:
     assert len(losses) == 2
     assert losses[1] < losses[0]
     assert values(trained, "text-held-out", "eval", "perplexity") == pytest.approx([math.exp(loss) for loss in losses])
+
+
+def test_rows_with_nothing_to_train_on_are_refused_on_every_rank(trained: Path) -> None:
+    failures = [json.loads(path.read_text()) for path in sorted((trained / CUT).glob("failure-*.json"))]
+    assert [failure["rank"] for failure in failures] == [0, 1]
+    for failure in failures:
+        assert failure["class"] == "DataInvalid"
+        assert "of spec.data.train has nothing to train on in its first 8 tokens" in failure["message"]
+        assert failure["remedy"] == "raise spec.data.maxLength from 8, or drop the row"
