@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,6 @@ class Run:
 
     manifest: Manifest
     folder: Path
-    environment: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True)
@@ -97,7 +96,6 @@ class Run:
                     "PATH": f"{dsft.parent}{os.pathsep}{os.environ['PATH']}",
                     "DSFT_RUNS": str(self.folder / "runs"),
                     "DSFT_SCRATCH": str(scratch),
-                    **self.environment,
                 },
                 stdout=log,
                 stderr=log,

@@ -112,7 +112,7 @@ def launch(job: Job, channel: Channel) -> Outcome:
         run_id=job.run.uid,
         max_restarts=0,
         monitor_interval=0.1,
-        # SIGINT and SIGTERM stay with the driver: torch's own handler would kill the ranks 30 s later, whatever drainSeconds says.
+        # SIGINT and SIGTERM stay with the driver: torch would kill the ranks 30 s later, whatever drainSeconds says.
         signals_to_handle="SIGHUP,SIGQUIT",
         logs_specs=DefaultLogsSpecs(log_dir=tempfile.mkdtemp(prefix="dsft-logs-")),
     )
