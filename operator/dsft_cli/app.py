@@ -9,12 +9,13 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from dsft_api.conditions import ExitCode
+from dsft_api.job import Ranks
 from dsft_api.manifest import parse
 from dsft_api.not_supported import cluster_only
 from dsft_api.problem import ManifestError, Problem
 from dsft_api.resource import DeepSpeedFineTune
 from dsft_api.status import FineTuneStatus
-from dsft_cli.devices import ranks_here, this_machine
+from dsft_cli.devices import Machine, ranks_here, this_machine
 from dsft_cli.follow import follow, read_status, settle_status
 from dsft_cli.local_run import LocalRun, find_run, is_running, job_for, runs_folder, trainer_environment
 from dsft_cli.output import Format, document, err, out, refuse
@@ -52,7 +53,9 @@ def run(
         resource = _read(filename)
         _refuse_here(resource, filename, runtime)
         environment = trainer_environment(resource, filename, _environment())
-        ranks = ranks_here(resource.spec, this_machine(), workers)
+        machine = this_machine()
+        ranks = ranks_here(resource.spec, machine, workers)
+        _refuse_too_many(ranks, machine, workers, filename)
         local = _find(resource, fresh=fresh)
         _refuse_running(local, filename)
         job = job_for(local, ranks, filename)
@@ -168,6 +171,13 @@ def _refuse_here(resource: DeepSpeedFineTune, filename: str, runtime: str) -> No
         )
     if problems:
         raise ManifestError(filename, tuple(problems))
+
+
+def _refuse_too_many(ranks: Ranks, machine: Machine, workers: int | None, filename: str) -> None:
+    if ranks.device == "cuda" and ranks.count > machine.gpus:
+        field = "--workers" if workers else "spec.execution.device"
+        message = f"{ranks.count} ranks on cuda need as many GPUs, and {machine.gpus} are here"
+        raise ManifestError(filename, (Problem(field, message, f"use {machine.gpus} ranks at most, or device cpu"),))
 
 
 def _refuse_running(local: LocalRun, filename: str) -> None:

@@ -51,7 +51,7 @@ def find_run(resource: DeepSpeedFineTune, runs: Path, *, fresh: bool = False) ->
     Raises:
         TrainerError: StorageDenied if storage cannot be read.
     """
-    from dsft_trainer.checkpoint.listing import read_claims
+    from dsft_trainer.checkpoint.listing import claimed_ids
     from dsft_trainer.checkpoint.store import open_store
 
     storage = resource.spec.storage
@@ -71,13 +71,12 @@ def find_run(resource: DeepSpeedFineTune, runs: Path, *, fresh: bool = False) ->
     generation = generations if fresh else max(0, generations - 1)
     uid = local_uid(resource, generation)
     store = open_store(prefix(generation), endpoint_url=storage.endpoint_url, region=storage.region)
-    claims = read_claims(store)
     return LocalRun(
         resource=resource,
         uid=uid,
         storage_prefix=prefix(generation),
         state=_state_folder(prefix(generation), resource, uid, runs),
-        attempts=max((claim.id.attempt for claim in claims), default=0),
+        attempts=max((claim.attempt for claim in claimed_ids(store)), default=0),
         finished=store.get_bytes(RESULT_FILE) is not None,
     )
 

@@ -52,7 +52,9 @@ def together(action: Callable[[], T]) -> T:
     try:
         result = action()
     except Exception as error:  # noqa: BLE001  raised again below, on every rank
-        failed = failure_of(error)
+        cause = failure_of(error)
+        # A plain one: subclasses need not survive pickling.
+        failed = TrainerError(cause.failure_class, cause.message, cause.remedy)
     failures = [failure for failure in gather(failed) if failure is not None]
     if failures:
         raise failed or failures[0]

@@ -75,6 +75,7 @@ def run(runtime: str) -> int:
 def _run_recorded(job: Job, channel: Channel, runtime: str) -> int:
     """The attempt, with its beginning and a failure written to the progress document; the exit code."""
     channel.reset()
+    _stop_on_signals(channel, job.spec.checkpoint.drain_seconds)
     channel.publish(starting(job.run.uid, job.attempt).model_dump_json(by_alias=True, exclude_none=True))
     try:
         outcome = _attempt(job, channel, runtime)
@@ -141,7 +142,6 @@ def _attempt(job: Job, channel: Channel, runtime: str) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="dsft-preflight-") as cache:
         preflight(job, Path(cache))
     job = _first_come(job)
-    _stop_on_signals(channel, job.spec.checkpoint.drain_seconds)
     # Imported by name: the torchrun runtime must work where Ray is not installed.
     launcher = importlib.import_module(f"dsft_trainer.runtime.{runtime}")
     return launcher.launch(job, channel)

@@ -54,7 +54,7 @@ class Evaluator:
         self._task = task
         self._beat = beat
         self._batches = eval_batches(len(dataset), place.rank, place.world_size, batch_size)
-        self._loss = MeanMetric().to(device)
+        self._loss = MeanMetric(nan_strategy="disable").to(device)
         classes = _class_metrics(num_labels) if task == "sequence-classification" else {}
         self._classes = {name: metric.to(device) for name, metric in classes.items()}
 

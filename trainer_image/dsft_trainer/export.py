@@ -43,6 +43,8 @@ def export(
     if not is_first:
         return None
     folder = scratch / EXPORT
+    # transformers' default, which generation wants; it was off for training only.
+    model.config.use_cache = True
     model.save_pretrained(folder, state_dict=weights, max_shard_size=MAX_SHARD)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(model_card(job, step, metrics))

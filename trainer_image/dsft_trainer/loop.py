@@ -160,6 +160,8 @@ class Trainer:
             return {}
         self.reporter.update(phase=TrainerPhase.EVALUATING)
         metrics = self.evaluator(self.engine)
+        if not all(map(math.isfinite, metrics.values())):
+            raise TrainerError(FailureClass.DIVERGED, f"the evaluation at step {step} is not finite: {metrics}")
         if self.metrics is not None:
             self.metrics.write("eval", step, metrics)
         self.reporter.update(evaluation=EvaluationStatus(step=step, metrics=metrics))

@@ -57,6 +57,21 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_length(model: PreTrainedModel, max_length: int) -> None:
+    """Refuse sequences that the model has no positions for; on a GPU they would look like a fault of the device.
+
+    Raises:
+        TrainerError: ConfigInvalid, naming both numbers.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions and max_length > positions:
+        raise TrainerError(
+            FailureClass.CONFIG_INVALID,
+            f"spec.data.maxLength is {max_length}, and the model has {positions} positions",
+            f"set it to {positions} or less",
+        )
+
+
 def load_model(
     spec: ModelSpec,
     folder: Path,
@@ -87,7 +102,8 @@ def load_model(
     finally:
         unset_hf_deepspeed_config()
     model.config.use_cache = False
-    if model.config.pad_token_id is None:
+    if pad_token_id is not None:
+        # Decoder classifiers read the logits before the first padding: the pad token must be the one that pads here.
         model.config.pad_token_id = pad_token_id
     if activation_checkpointing:
         model.activation_checkpointing_enable()

@@ -4,6 +4,7 @@ The same on every runtime. Everything that is done once per node or once per run
 others told of its failure (see `collectives.together`).
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -38,7 +39,7 @@ from dsft_trainer.evaluate import Evaluator
 from dsft_trainer.export import export
 from dsft_trainer.loop import Schedule, Trainer
 from dsft_trainer.metrics import MetricsLog
-from dsft_trainer.model import load_model, load_tokenizer
+from dsft_trainer.model import check_length, load_model, load_tokenizer
 from dsft_trainer.progress import Reporter, SilentReporter, starting
 from dsft_trainer.runtime import Outcome, Runtime
 from dsft_trainer.versions import versions
@@ -72,7 +73,9 @@ class node_scratch:  # noqa: N801  a context manager
 
     def __init__(self, job: Job) -> None:
         self._root = Path(os.environ.get("DSFT_SCRATCH", tempfile.gettempdir()))
-        self._run = f"dsft-{job.run.uid}-"
+        # Equal manifests have equal uids here, whatever storage they run in: keep their folders apart.
+        where = hashlib.sha256(job.storage_prefix.encode()).hexdigest()[:8]
+        self._run = f"dsft-{job.run.uid}-{where}-"
         # The port tells the starts of the worker group apart: all ranks of one start see the same.
         self._path = self._root / f"{self._run}a{job.attempt}-{os.environ.get('MASTER_PORT', '0')}"
 
@@ -129,18 +132,24 @@ class _Attempt:
                 kind="model",
             )
         )
+        self.beat()
         tokenizer = load_tokenizer(folder)
         data = self._data(tokenizer)
+        self.beat()
         batches = GlobalBatches(len(data.train), self.work.training.global_batch_size, self.work.training.seed)
         schedule = self._schedule(batches, has_eval=data.eval is not None)
         engine = self._engine(folder, tokenizer, schedule.total_steps)
+        self.beat()
         checkpointer.load(engine)
         self.beat()
         metrics = self._metrics_log(str(checkpointer.claim))
         trainer = self._trainer(engine, data, batches, tokenizer, checkpointer, schedule, metrics)
-        outcome = trainer.run(base.step if base else 0)
-        if metrics is not None:
-            metrics.close()
+        try:
+            outcome = trainer.run(base.step if base else 0)
+        finally:
+            # Also when it failed: the last lines are those that explain it.
+            if metrics is not None:
+                metrics.close()
         if outcome is Outcome.INTERRUPTED:
             self.reporter.update(phase=TrainerPhase.INTERRUPTED, message="stopped on request; state is committed")
         else:
@@ -181,8 +190,9 @@ class _Attempt:
         return next(p for p in reversed(paths[: self.place.rank + 1]) if p is not None)
 
     def _data(self, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-        set_chat_template(
-            tokenizer, self.work.data.chat_template, storage=self.spec.storage, cache=self.scratch / "template"
+        cache = self.scratch / f"template-{self.place.rank}"
+        collectives.together(
+            lambda: set_chat_template(tokenizer, self.work.data.chat_template, storage=self.spec.storage, cache=cache)
         )
         folder = self.scratch / "data"
 
@@ -218,6 +228,7 @@ class _Attempt:
             activation_checkpointing=self.spec.execution.activation_checkpointing,
             pad_token_id=tokenizer.pad_token_id,
         )
+        check_length(model, self.work.data.max_length)
         engine = start_engine(
             model, config, self.work.training.optimizer, self.work.training.schedule, total_steps, self.device
         )

@@ -30,7 +30,7 @@ from dsft_trainer.checkpoint.commits import (
     next_claim,
     superfluous,
 )
-from dsft_trainer.checkpoint.listing import Retention, manifest, read_claims, read_commits
+from dsft_trainer.checkpoint.listing import Retention, claimed_ids, manifest, read_claims, read_commits
 from dsft_trainer.checkpoint.store import ObjectMissingError, Store
 from dsft_trainer.errors import TrainerError
 from dsft_trainer.runtime import Place
@@ -180,7 +180,7 @@ class Checkpointer:
     def _make_claim(self, attempt: int) -> ClaimId:
         while True:
             claim = Claim(
-                id=next_claim((other.id for other in read_claims(self.store)), attempt),
+                id=next_claim(claimed_ids(self.store), attempt),
                 base=self.base.name if self.base else None,
                 base_step=self.base.step if self.base else 0,
                 world_size=self.place.world_size,

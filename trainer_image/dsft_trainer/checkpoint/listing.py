@@ -37,6 +37,12 @@ def read_claims(store: Store) -> list[Claim]:
     return sorted(claims, key=lambda claim: claim.id)
 
 
+def claimed_ids(store: Store) -> list[ClaimId]:
+    """The ids that are taken, also by damaged claims."""
+    ids = (ClaimId.from_key(entry.key) for entry in store.list(f"{ATTEMPTS}/"))
+    return [claim for claim in ids if claim is not None]
+
+
 def read_commits(store: Store) -> list[Commit]:
     """The commits that count, oldest first (see `commits.lineage`). Damaged manifests are left out, with a warning."""
     names = [

@@ -244,10 +244,13 @@ def _tokenizing(job: Job) -> "dict[str, ray.data.Dataset]":
     from dsft_trainer.model import load_tokenizer
 
     spec, work = job.spec, job.spec.workload()
-    cache = Path(tempfile.mkdtemp(prefix="dsft-data-"))
-    folder = fetch(work.model.uri, storage=spec.storage, cache=cache, kind="tokenizer", revision=work.model.revision)
-    tokenizer = load_tokenizer(folder)
-    set_chat_template(tokenizer, work.data.chat_template, storage=spec.storage, cache=cache)
-    rows = load(job, cache)
-    made = encoders(job, rows, tokenizer)
-    return {name: tokenize_with_ray(part.table, made[name]) for name, part in rows.items()}
+    with tempfile.TemporaryDirectory(prefix="dsft-data-") as name:
+        cache = Path(name)
+        folder = fetch(
+            work.model.uri, storage=spec.storage, cache=cache, kind="tokenizer", revision=work.model.revision
+        )
+        tokenizer = load_tokenizer(folder)
+        set_chat_template(tokenizer, work.data.chat_template, storage=spec.storage, cache=cache)
+        rows = load(job, cache)
+        made = encoders(job, rows, tokenizer)
+        return {name: tokenize_with_ray(part.table, made[name]) for name, part in rows.items()}
