@@ -57,18 +57,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_length(model: PreTrainedModel, max_length: int) -> None:
+def check_length(model: PreTrainedModel, longest: int) -> None:
     """Refuse sequences that the model has no positions for; on a GPU they would look like a fault of the device.
 
     Raises:
         TrainerError: ConfigInvalid, naming both numbers.
     """
     positions = getattr(model.config, "max_position_embeddings", None)
-    if positions and max_length > positions:
+    if positions and longest > positions:
         raise TrainerError(
             FailureClass.CONFIG_INVALID,
-            f"spec.data.maxLength is {max_length}, and the model has {positions} positions",
-            f"set it to {positions} or less",
+            f"the longest row has {longest} tokens, and the model has {positions} positions",
+            f"set spec.data.maxLength to {positions} or less",
         )
 
 

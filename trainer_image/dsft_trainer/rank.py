@@ -138,7 +138,7 @@ class _Attempt:
         self.beat()
         batches = GlobalBatches(len(data.train), self.work.training.global_batch_size, self.work.training.seed)
         schedule = self._schedule(batches, has_eval=data.eval is not None)
-        engine = self._engine(folder, tokenizer, schedule.total_steps)
+        engine = self._engine(folder, tokenizer, data, schedule.total_steps)
         self.beat()
         checkpointer.load(engine)
         self.beat()
@@ -212,7 +212,7 @@ class _Attempt:
             save_every=self.spec.checkpoint.every_steps or per_epoch,
         )
 
-    def _engine(self, folder: Path, tokenizer: PreTrainedTokenizerBase, total_steps: int) -> Engine:
+    def _engine(self, folder: Path, tokenizer: PreTrainedTokenizerBase, data: Prepared, total_steps: int) -> Engine:
         plan = plan_batch(
             self.work.training.global_batch_size, self.place.world_size, self.spec.execution.micro_batch_size
         )
@@ -228,7 +228,7 @@ class _Attempt:
             activation_checkpointing=self.spec.execution.activation_checkpointing,
             pad_token_id=tokenizer.pad_token_id,
         )
-        check_length(model, self.work.data.max_length)
+        check_length(model, data.longest)
         engine = start_engine(
             model, config, self.work.training.optimizer, self.work.training.schedule, total_steps, self.device
         )

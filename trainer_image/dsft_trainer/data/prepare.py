@@ -41,6 +41,11 @@ class Prepared:
     train: IndexedDataset
     eval: IndexedDataset | None
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(int(part.lengths.max()) for part in (self.train, self.eval) if part is not None)
+
 
 def load(job: Job, cache: Path) -> dict[str, Rows]:
     """Read and check the rows of `train` and, if there is one, `eval`.
