@@ -50,7 +50,7 @@ class TorchrunRuntime:
         self._channel.fail(failure)
 
     def tokenized(self) -> dict[str, pa.Table]:
-        """None: each node tokenises for itself."""
+        """Nothing: each node tokenises for itself."""
         return {}
 
 
