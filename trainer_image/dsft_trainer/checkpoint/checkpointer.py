@@ -31,7 +31,7 @@ from dsft_trainer.checkpoint.commits import (
     superfluous,
 )
 from dsft_trainer.checkpoint.listing import Retention, claimed_ids, manifest, read_claims, read_commits
-from dsft_trainer.checkpoint.store import ObjectMissingError, Store
+from dsft_trainer.checkpoint.store import ObjectMissingError, Store, put_files
 from dsft_trainer.errors import TrainerError
 from dsft_trainer.runtime import Place
 
@@ -191,13 +191,17 @@ class Checkpointer:
                 return claim.id
 
     def _upload(self, folder: Path, name: str) -> None:
-        files = []
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            relative = path.relative_to(folder).as_posix()
-            files.append(
-                CommittedFile(path=relative, size=path.stat().st_size, sha256=_sha256(path), rank=self.place.rank)
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        files = [
+            CommittedFile(
+                path=path.relative_to(folder).as_posix(),
+                size=path.stat().st_size,
+                sha256=_sha256(path),
+                rank=self.place.rank,
             )
-            self.store.put_file(path, f"{CHECKPOINTS}/{name}/{relative}")
+            for path in paths
+        ]
+        put_files(self.store, [(folder / file.path, f"{CHECKPOINTS}/{name}/{file.path}") for file in files])
         self.store.put_bytes(f"{CHECKPOINTS}/{name}/rank-{self.place.rank}.json", _FILES.dump_json(tuple(files)))
 
     def _commit(self, draft: Commit) -> Commit:
