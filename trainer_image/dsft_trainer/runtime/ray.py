@@ -143,7 +143,7 @@ def launch(job: Job, channel: Channel) -> Outcome:
         TrainerError: the failure that a rank reported, or how Ray lost it.
     """
     # Importing Ray Train takes torch with it, seconds in which Ray can start.
-    imports = threading.Thread(target=importlib.import_module, args=("ray.train.torch",), daemon=True)
+    imports = threading.Thread(target=importlib.import_module, args=("dsft_trainer.runtime.ray_trainer",), daemon=True)
     imports.start()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     _connect(job)
@@ -184,12 +184,14 @@ def _connect(job: Job) -> None:
 
 def _fit(job: Job, channel: Channel, relay: Any) -> None:
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from dsft_trainer.runtime.ray_trainer import LeanTorchTrainer
 
     cuda = job.ranks.device == "cuda"
     datasets = _tokenizing(job)
-    trainer = TorchTrainer(
+    trainer = LeanTorchTrainer(
         rank_main,
         train_loop_config={"job": job.to_json(), "relay": relay, "datasets": list(datasets)},
         torch_config=TorchConfig(backend="nccl" if cuda else "gloo", timeout_s=job.spec.deadlines.stall_seconds + 60),
