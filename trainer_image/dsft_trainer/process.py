@@ -11,17 +11,24 @@ if TYPE_CHECKING:
     import torch
 
 
+def rank_environment(job: Job) -> dict[str, str]:
+    """What torch, DeepSpeed and tokenizers read from the environment when they are imported."""
+    return {
+        "DS_ACCELERATOR": job.ranks.device,
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": str(job.ranks.threads),
+    }
+
+
 def prepare_process(job: Job) -> None:
-    """Pin device and threads of this process. Call before deepspeed is imported."""
+    """Pin device and threads of this process. Call before deepspeed is imported, or with `rank_environment` in place."""
     logging.basicConfig(
         level=logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s rank=" + os.environ.get("RANK", "?") + " %(message)s",
     )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    os.environ["DS_ACCELERATOR"] = job.ranks.device
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ["OMP_NUM_THREADS"] = str(job.ranks.threads)
+    os.environ.update(rank_environment(job))
     import torch
 
     torch.set_num_threads(job.ranks.threads)

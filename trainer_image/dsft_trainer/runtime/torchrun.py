@@ -3,13 +3,15 @@
 `launch` is what `torchrun --standalone` does, through its Python API, so that outcomes come back as values.
 """
 
-import ctypes
 import logging
+import multiprocessing
 import os
 import signal
 import sys
 import tempfile
+import threading
 from datetime import timedelta
+from multiprocessing import connection, forkserver
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,6 +20,7 @@ from dsft_api.conditions import FailureClass
 from dsft_api.job import Job
 from dsft_api.progress import TrainerFailure
 from dsft_trainer.errors import TrainerError, failure_of
+from dsft_trainer.process import prepare_process, rank_environment, torch_device
 from dsft_trainer.runtime import Outcome, Place
 from dsft_trainer.runtime.channel import Channel
 
@@ -67,16 +70,22 @@ def rank_main(job_json: str, folder: str) -> str:
 
 
 def _die_with_launcher() -> None:
-    """Have the kernel kill this process when the one that started it dies, however it dies (prctl(2), PR_SET_PDEATHSIG).
+    """Kill this process when the launcher dies, however it dies.
 
-    A rank that outlived its launcher would hold the devices, and train on until its next look at the claims.
+    A rank that outlived its launcher would hold the devices, and train on until its next look at the claims. (PR_SET_PDEATHSIG
+    would look at the fork server.)
     """
-    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+    launcher = multiprocessing.parent_process()
+    assert launcher is not None
+
+    def watch() -> None:
+        connection.wait([launcher.sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
 
 
 def _train(job: Job, runtime: TorchrunRuntime) -> Outcome:
-    from dsft_trainer.process import prepare_process, torch_device
-
     prepare_process(job)
     import torch.distributed as dist
 
@@ -99,6 +108,7 @@ def launch(job: Job, channel: Channel) -> Outcome:
     Raises:
         TrainerError: the failure that a rank reported, or WorkerLost when none could.
     """
+    start_method = _start_method(job)
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -112,6 +122,7 @@ def launch(job: Job, channel: Channel) -> Outcome:
         run_id=job.run.uid,
         max_restarts=0,
         monitor_interval=0.1,
+        start_method=start_method,
         # SIGINT and SIGTERM stay with the driver: torch would kill the ranks 30 s later, whatever drainSeconds says.
         signals_to_handle="SIGHUP,SIGQUIT",
         logs_specs=DefaultLogsSpecs(log_dir=tempfile.mkdtemp(prefix="dsft-logs-")),
@@ -127,6 +138,19 @@ def launch(job: Job, channel: Channel) -> Outcome:
             raise _failure(channel, error) from error
         return Outcome.INTERRUPTED
     return Outcome(outcomes[0])
+
+
+def _start_method(job: Job) -> str:
+    """How a rank's process comes to be: on CPU forked from a server that did the imports, once and beside ours.
+
+    On GPUs a new interpreter: what touches CUDA at import would be lost in a fork.
+    """
+    if job.ranks.device == "cuda":
+        return "spawn"
+    os.environ.update(rank_environment(job))
+    forkserver.set_forkserver_preload(["dsft_trainer.rank"])
+    forkserver.ensure_running()
+    return "forkserver"
 
 
 def _failure(channel: Channel, error: BaseException) -> TrainerError:
