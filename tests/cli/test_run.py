@@ -256,7 +256,7 @@ def test_sigterm_does_what_ctrl_c_does(tmp_path: Path, manifest: dict[str, Any])
     assert run.commits[-1] == f"step-{max(run.values('train', 'loss')):08d}-a1.g1"
 
 
-def test_on_ray_too_ctrl_c_commits_and_the_same_command_goes_on(tmp_path: Path, manifest: dict[str, Any]) -> None:
+def test_on_ray_too_ctrl_c_commits_and_torchrun_goes_on(tmp_path: Path, manifest: dict[str, Any]) -> None:
     dsft = Dsft(tmp_path)
     file = dsft.write(manifest)
     with dsft.start("run", "-f", file) as running:
@@ -267,7 +267,7 @@ def test_on_ray_too_ctrl_c_commits_and_the_same_command_goes_on(tmp_path: Path, 
     assert interrupted.code == ExitCode.INTERRUPTED, interrupted.text + run.log()
     at = max(run.values("train", "loss"))
     assert run.commits[-1] == f"step-{at:08d}-a1.g1"
-    assert dsft("run", "-f", file).code == ExitCode.OK, run.log(2)
+    assert dsft("run", "-f", file, *TORCHRUN).code == ExitCode.OK, run.log(2)
     assert run.claim(2)["baseStep"] == at
     assert list(run.values("train", "loss")) == list(range(1, STEPS + 1))
 
@@ -317,7 +317,8 @@ def test_a_rank_that_stands_still_ends_the_run(
     file = dsft.write(edited(manifest, {"spec.deadlines.stallSeconds": 10}))
     with dsft.start("run", "-f", file, *TORCHRUN) as running:
         running.until(lambda: any(run.step >= 1 for run in dsft.run_folders()))
-        ranks = [process for process in running.descendants() if "spawn_main" in " ".join(process.cmdline())]
+        servers = [process for process in running.descendants() if "forkserver" in " ".join(process.cmdline())]
+        ranks = [process for process in servers if process.parent() in servers]
         assert len(ranks) == 2
         frozen.append(ranks[1])
         ranks[1].send_signal(signal.SIGSTOP)

@@ -5,6 +5,7 @@ And it is DeepSpeed ZeRO-3 that trains: every parameter is partitioned over the 
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ from tests.trainer.runs import PATIENCE_SECONDS, Manifest, Run, causal_lm
 STEPS = 10
 RANKS = 2
 ROOT = Path(__file__).parents[2]
+RUN = RunRef(namespace="default", name="parity", uid="0")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -69,7 +71,7 @@ def changed(manifest: Manifest, group: str, **fields: object) -> Manifest:
 def job_of(manifest: Manifest) -> Job:
     spec = parse(json.dumps(manifest)).spec
     return Job(
-        run=RunRef(namespace="default", name="parity", uid="0"),
+        run=RUN,
         attempt=1,
         spec=spec,
         spec_hash="",
@@ -141,28 +143,53 @@ def test_ray_and_ray_data_have_the_same_losses(manifest: Manifest, losses: list[
     assert trained(changed(manifest, "data", loader="ray-data"), tmp_path / "run", runtime="ray") == losses
 
 
-@pytest.mark.parametrize(("micro_batch_size", "workers"), [(4, 2), (2, 1)], ids=["4 x 1 x 2 ranks", "2 x 4 x 1 rank"])
-def test_the_cut_of_the_batch_does_not_change_the_losses(
-    manifest: Manifest, losses: list[float], tmp_path: Path, micro_batch_size: int, workers: int
+def test_the_number_of_ranks_does_not_change_the_losses(
+    manifest: Manifest, losses: list[float], tmp_path: Path
 ) -> None:
-    cut = changed(manifest, "execution", microBatchSize=micro_batch_size)
+    one = changed(manifest, "execution", microBatchSize=2)
     # Sums in another order: equal up to rounding in fp32.
-    assert trained(cut, tmp_path / "run", workers=workers) == pytest.approx(losses, abs=1e-5)
+    assert trained(one, tmp_path / "run", workers=1) == pytest.approx(losses, abs=1e-5)
 
 
-def test_evaluating_draws_from_no_random_generator(manifest: Manifest, tmp_path: Path) -> None:
-    """With dropout, one number drawn more or less would change all losses after it."""
-    source = Path(manifest["spec"]["model"]["uri"].removeprefix("file://"))
-    model = tmp_path / "model"
-    model.mkdir()
-    for path in source.iterdir():
-        (model / path.name).write_bytes(path.read_bytes())
+@pytest.fixture(scope="module")
+def variants(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    """The losses of further runs of two ranks, in one start of theirs."""
+    folder = tmp_path_factory.mktemp("variants")
+    seldom, often = evaluating(manifest, folder / "dropout")
+    manifests = {"micro-batch": changed(manifest, "execution", microBatchSize=4), "seldom": seldom, "often": often}
+    for name, document in manifests.items():
+        storage = (folder / "jobs" / name / "run").as_uri()
+        job = job_of(document).model_copy(
+            update={"storage_prefix": storage, "run": RUN.model_copy(update={"uid": name})}
+        )
+        (folder / "jobs" / name).mkdir(parents=True)
+        (folder / "jobs" / name / "job.json").write_text(job.to_json())
+    torchrun("one_start.py", str(folder / "jobs"))
+    return {name: stored_losses(folder / "jobs" / name / "run") for name in manifests}
+
+
+def evaluating(manifest: Manifest, model: Path) -> tuple[Manifest, Manifest]:
+    """With dropout, evaluated at the end alone and after every step."""
+    shutil.copytree(manifest["spec"]["model"]["uri"].removeprefix("file://"), model)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.2}))
     dropout = changed(changed(manifest, "model", uri=model.as_uri()), "data", evalFraction=0.1)
-    seldom = changed(dropout, "evaluation", everySteps=STEPS)
-    often = changed(dropout, "evaluation", everySteps=1)
-    assert trained(often, tmp_path / "often") == trained(seldom, tmp_path / "seldom")
+    return changed(dropout, "evaluation", everySteps=STEPS), changed(dropout, "evaluation", everySteps=1)
+
+
+def stored_losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for path in sorted((run / "metrics").iterdir()) for line in path.read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+def test_the_micro_batch_does_not_change_the_losses(variants: dict[str, list[float]], losses: list[float]) -> None:
+    assert variants["micro-batch"] == pytest.approx(losses, abs=1e-5)
+
+
+def test_evaluating_draws_from_no_random_generator(variants: dict[str, list[float]], losses: list[float]) -> None:
+    """With dropout, one number drawn more or less would change all losses after it."""
+    assert len(variants["often"]) == STEPS
+    assert variants["often"] == variants["seldom"] != losses
 
 
 def test_every_parameter_is_partitioned(manifest: Manifest, tmp_path: Path) -> None:
