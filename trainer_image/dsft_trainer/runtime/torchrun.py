@@ -76,7 +76,6 @@ def _die_with_launcher() -> None:
     would look at the fork server.)
     """
     launcher = multiprocessing.parent_process()
-    assert launcher is not None
 
     def watch() -> None:
         connection.wait([launcher.sentinel])
