@@ -18,7 +18,8 @@ demo: venv ## Fine-tune a real model on real data here, export it and try it: th
 
 .PHONY: test
 test: venv lint verify ## Check style, types, generated files, and run every test but the benches
-	$(BIN)/python -m pytest tests --ignore=tests/bench
+	@# By file, since files share what takes long to make; two, since a start of ranks leaves one core idle.
+	$(BIN)/python -m pytest tests --ignore=tests/bench --numprocesses 2 --dist loadfile
 
 ##@ Develop
 

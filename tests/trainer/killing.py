@@ -1,4 +1,4 @@
-"""A run that is killed without warning, again and again, trains exactly as one that never was.
+"""Kills a run without warning, again and again, and holds it against one that never was killed.
 
 The same loss at every step, bit for bit, with dropout on; nothing that was committed is trained twice; no commit is ever
 damaged; and nothing of a killed run lives on.
@@ -29,9 +29,8 @@ LATEST: dict[KillPoint, float] = {"inside a checkpoint": 0.03, "between checkpoi
 WITNESSES = {"torchrun": {"dsft", "python"}, "ray": {"dsft", "python", "raylet"}}
 
 
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    folder = tmp_path_factory.mktemp("assets")
+def killed_manifest(folder: Path) -> Manifest:
+    """Two ranks, dropout, an evaluation every 4 steps and a checkpoint every 3."""
     model = tiny.llama(folder / "model")
     # The position of every rank's random generator decides the losses.
     config = json.loads((model / "config.json").read_text())
@@ -43,12 +42,21 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return document
 
 
-@pytest.fixture(scope="module")
-def reference(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def never_killed(manifest: Manifest, folder: Path) -> Run:
     """The run that nobody kills."""
-    run = Run(manifest, tmp_path_factory.mktemp("reference") / "run")
+    run = Run(manifest, folder)
     run.finish()
     return run
+
+
+def in_storage(manifest: Manifest, uri: str) -> Manifest:
+    """The same run, stored elsewhere."""
+    return {**manifest, "spec": {**manifest["spec"], "storage": {"uri": uri}}}
+
+
+def killer_of(manifest: Manifest, folder: Path, runtime: str, storage: str) -> "Killer":
+    """With moments of its own."""
+    return Killer(Run(manifest, folder), runtime, random.Random(f"{SEED} {runtime} {storage}"))
 
 
 @dataclass
@@ -132,33 +140,8 @@ def assert_same_training(run: Run, reference: Run) -> None:
     assert run.weights() == reference.weights() != {}
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize(
-    ("runtime", "finisher", "storage", "kills"),
-    [
-        ("torchrun", "torchrun", "file", 10),
-        ("torchrun", "torchrun", "s3", 10),
-        ("ray", "ray", "file", 2),
-        # Who starts the ranks may change between attempts.
-        ("ray", "torchrun", "s3", 1),
-    ],
-    ids=lambda value: str(value),
-)
-def test_killed_run_trains_as_if_it_never_was(
-    runtime: str,
-    finisher: str,
-    storage: str,
-    kills: int,
-    manifest: Manifest,
-    reference: Run,
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
-) -> None:
-    if storage == "s3":
-        uri = request.getfixturevalue("s3_uri")
-        manifest = {**manifest, "spec": {**manifest["spec"], "storage": {"uri": uri}}}
-    killer = Killer(Run(manifest, tmp_path / "run"), runtime, random.Random(f"{SEED} {runtime} {storage}"))
+def kill_and_compare(killer: Killer, reference: Run, finisher: str, kills: int) -> None:
+    """Kill it so often, in and between checkpoints by turns, have it finished, and judge."""
     points: tuple[KillPoint, ...] = ("inside a checkpoint", "between checkpoints")
     try:
         for number in range(kills):
@@ -169,5 +152,5 @@ def test_killed_run_trains_as_if_it_never_was(
         print(f"seed {SEED}; {killer.torn} checkpoints were torn; kills: {', '.join(killer.kills)}")
     assert [claim.base_step for claim in killer.run.claims()] == killer.newest_at_start
     # One kill with Ray may come when its checkpoint is whole already.
-    assert killer.torn > 0 or runtime == "ray", "no kill came inside a checkpoint"
+    assert killer.torn > 0 or killer.runtime == "ray", "no kill came inside a checkpoint"
     assert_same_training(killer.run, reference)
