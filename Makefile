@@ -17,16 +17,28 @@ demo: venv ## Fine-tune a real model on real data here, export it and try it: th
 	$(BIN)/python -m dsft_demo
 
 .PHONY: test
-test: venv lint verify ## Check style, types, generated files, and run every test but the benches
+test: venv lint verify ## Check style, types, generated files, and run every test but the benches and those on an API server
 	@# By file, since files share what takes long to make; two, since a start of ranks leaves one core idle.
-	$(BIN)/python -m pytest tests --ignore=tests/bench --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest tests --ignore=tests/bench --ignore=tests/apiserver --numprocesses 2 --dist loadfile
+
+.PHONY: cluster-up
+cluster-up: venv ## Start the disposable test cluster, as root; prints its kubeconfig
+	@$(BIN)/python -m tests.cluster.up
+
+.PHONY: cluster-down
+cluster-down: venv ## End the test cluster, whatever state it is in; caches stay
+	@$(BIN)/python -m tests.cluster.up --down
+
+.PHONY: images
+images: cluster-up ## Build the operator's and trainer's images, and push them to the test cluster's registry
+	@$(BIN)/python -m tests.cluster.images
 
 ##@ Develop
 
 .PHONY: help
 help: ## This list
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n\033[1m%s\033[0m\n", substr($$0, 5)} \
-	  /^[a-z-]+:.*## / {printf "  \033[36m%-10s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	  /^[a-z-]+:.*## / {printf "  \033[36m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: venv
 venv: $(VENV)/.installed ## Make .venv with the locked requirements, and the demo's texts
@@ -50,6 +62,12 @@ lock: $(UV) ## Resolve pyproject.toml anew into requirements/
 	  --extra operator --extra trainer --extra dev -o requirements/dev.txt pyproject.toml
 	$(UV) pip compile --quiet --generate-hashes --no-header --no-emit-index-url --python-version 3.11 --no-deps \
 	  -o requirements/demo.txt requirements/demo.in
+	$(UV) pip compile --quiet --generate-hashes --no-header --no-emit-index-url --python-version 3.11 \
+	  -o requirements/build.txt requirements/build.in
+	for image in operator trainer; do \
+	  $(UV) pip compile --quiet --generate-hashes --no-header --no-emit-index-url --python-version 3.11 \
+	    --extra $$image --constraints requirements/dev.txt -o requirements/$$image.txt pyproject.toml; \
+	done
 
 .PHONY: format
 format: venv ## Format the code

@@ -41,12 +41,13 @@ class S3Server:
     """SeaweedFS's master, volume server, filer and S3 gateway in one process."""
 
     folder: Path
+    address: str = "127.0.0.1"
     ports: dict[str, int] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
 
     @classmethod
-    def start(cls, folder: Path) -> "S3Server":
-        """Start on free ports with data in `folder`; returns when it answers."""
+    def start(cls, folder: Path, address: str = "127.0.0.1") -> "S3Server":
+        """Start on free ports of an address of this machine with data in `folder`; returns when it answers."""
         (folder / "data").mkdir(parents=True)
         identities = [
             {
@@ -58,14 +59,16 @@ class S3Server:
         ]
         (folder / "s3.json").write_text(json.dumps({"identities": identities}))
         names = ("master", "volume", "filer", "s3")
-        ports = _free_ports(2 * len(names))
-        server = cls(folder, {name: ports.pop() for part in names for name in (f"{part}.port", f"{part}.port.grpc")})
+        ports = _free_ports(address, 2 * len(names))
+        server = cls(
+            folder, address, {name: ports.pop() for part in names for name in (f"{part}.port", f"{part}.port.grpc")}
+        )
         server.restart()
         return server
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.ports['s3.port']}"
+        return f"http://{self.address}:{self.ports['s3.port']}"
 
     def env(self, identity: Identity = ADMIN) -> dict[str, str]:
         """The environment variables by which boto3 finds this server."""
@@ -129,8 +132,8 @@ class S3Server:
             str(weed),
             "server",
             "-dir=data",
-            "-ip=127.0.0.1",
-            "-ip.bind=127.0.0.1",
+            f"-ip={self.address}",
+            f"-ip.bind={self.address}",
             *(f"-{name}={port}" for name, port in self.ports.items()),
             "-s3",
             "-s3.config=s3.json",
@@ -158,7 +161,7 @@ class S3Server:
         return True
 
 
-def _free_ports(count: int) -> list[int]:
+def _free_ports(address: str, count: int) -> list[int]:
     """Free ports below the range for outgoing connections.
 
     From that range another connection, even the client's own retry, could take the port while the server is down.
@@ -167,7 +170,7 @@ def _free_ports(count: int) -> list[int]:
     for port in random.sample(range(15000, 32000), 1000):
         with socket.socket() as probe:
             try:
-                probe.bind(("127.0.0.1", port))
+                probe.bind((address, port))
             except OSError:
                 continue
         found.append(port)

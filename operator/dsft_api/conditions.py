@@ -21,7 +21,7 @@ class ConditionType(StrEnum):
 
 
 class Phase(StrEnum):
-    """The printed summary of the conditions; never decide by it."""
+    """The printed summary of the conditions. Nothing decides by it but the CRD's rules on placement."""
 
     PENDING = "Pending"
     QUEUED = "Queued"
@@ -48,6 +48,17 @@ class Reason(StrEnum):
     INTERRUPTED = "Interrupted"
     COMMITTED = "Committed"
     NO_CHECKPOINT = "NoCheckpoint"
+    SUBMITTED = "Submitted"
+    PROVISIONING = "Provisioning"
+    QUEUED = "Queued"
+    RESTARTING = "Restarting"
+    SUSPENDED = "Suspended"
+    NAME_CONFLICT = "NameConflict"
+    KUBERAY_MISSING = "KubeRayMissing"
+    CLUSTER_REFUSED = "ClusterRefused"
+    POD_CONFIG_INVALID = "PodConfigInvalid"
+    POD_FAILED = "PodFailed"
+    RAY_UNREACHABLE = "RayUnreachable"
 
 
 class ExitCode(IntEnum):

@@ -14,8 +14,9 @@ from pydantic.alias_generators import to_camel
 
 from dsft_api import GROUP, KIND, PLURAL, SHORT_NAME, VERSION
 from dsft_api.base import Rule
+from dsft_api.conditions import Phase
 from dsft_api.resource import DeepSpeedFineTune
-from dsft_api.spec import IDENTITY_FIELDS
+from dsft_api.spec import IDENTITY_FIELDS, PLACEMENT_FIELDS
 
 Schema = dict[str, Any]
 
@@ -47,13 +48,16 @@ _WIDE_COLUMNS = {
     "Message": ("string", ".status.message"),
 }
 
+# In these nothing runs on the pools, the image and the environment, so they may be replaced.
+_OPEN_PHASES = [Phase.PENDING.value, Phase.SUSPENDED.value, Phase.FAILED.value]
+
 
 def crd() -> dict[str, Any]:
     """Build the CustomResourceDefinition of DeepSpeedFineTune, as JSON values, fields in the order of the models.
 
     Raises ValueError, naming the field, for a model that a structural schema cannot express.
     """
-    # No selectableFields: the one candidate, status.phase, is a printed summary that nothing should decide by.
+    # No selectableFields: the one candidate, status.phase, is a printed summary that clients should not decide by.
     version: dict[str, Any] = {
         "name": VERSION,
         "served": True,
@@ -89,20 +93,38 @@ def crd() -> dict[str, Any]:
 
 
 def freeze_rules() -> tuple[Rule, ...]:
-    """Return the transition rules that freeze the run's identity from the first attempt on.
+    """Return the transition rules: identity is frozen once the run began, placement while it holds or wants nodes.
 
     They stand at the root, where `oldSelf.status` can be read, and compare presence too: a rule on the field itself is
     not asked when the field is added or removed. Free-form parts (`program.config`) are compared as a whole.
     """
-    return tuple(_freeze(to_camel(field)) for field in IDENTITY_FIELDS)
+    return (
+        *(
+            _unchanged(
+                to_camel(field),
+                unless="!has(oldSelf.status.attempt) || oldSelf.status.attempt == 0",
+                message="is frozen once the run began; make a new resource",
+            )
+            for field in IDENTITY_FIELDS
+        ),
+        *(
+            _unchanged(
+                to_camel(field),
+                unless=f"!has(oldSelf.status.phase) || oldSelf.status.phase in {_OPEN_PHASES}",
+                message=f"may change only while the run is {', '.join(_OPEN_PHASES[:-1])} or {_OPEN_PHASES[-1]}; "
+                "set spec.suspend to true, and change it in phase Suspended",
+            )
+            for field in PLACEMENT_FIELDS
+        ),
+    )
 
 
-def _freeze(field: str) -> Rule:
+def _unchanged(field: str, *, unless: str, message: str) -> Rule:
     return Rule(
-        "!has(oldSelf.status) || !has(oldSelf.status.startTime) || "
+        f"!has(oldSelf.status) || {unless} || "
         f"(has(self.spec.{field}) == has(oldSelf.spec.{field}) && "
         f"(!has(self.spec.{field}) || self.spec.{field} == oldSelf.spec.{field}))",
-        f"spec.{field} is frozen since the run began; make a new run with another name",
+        f"spec.{field} {message}",
         f".spec.{field}",
     )
 

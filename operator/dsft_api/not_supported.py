@@ -52,7 +52,6 @@ NOT_BUILT = (
     NotBuilt("export.pushToHub", "upload to the Hub is not built yet; the export is in storage"),
     NotBuilt("tracking.mlflow", "MLflow is not built yet; tensorboard is"),
     NotBuilt("tracking.wandb", "Weights & Biases is not built yet; tensorboard is"),
-    NotBuilt("deadlines.runSeconds", "the bound on training time is not built yet"),
 )
 
 # Fields that speak of pods and queues; `dsft run` has none.
@@ -77,6 +76,7 @@ CLUSTER_ONLY = (
     "retry",
     "deadlines.queueSeconds",
     "deadlines.provisionSeconds",
+    "deadlines.runSeconds",
     "keepClusterSeconds",
 )
 

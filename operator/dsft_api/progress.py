@@ -9,7 +9,7 @@ from enum import StrEnum
 from pydantic import Field
 
 from dsft_api.base import ApiModel
-from dsft_api.conditions import FailureClass
+from dsft_api.conditions import FailureClass, Phase
 from dsft_api.status import Checkpoints, EvaluationStatus, Output, ProgressStatus, Time
 
 PROGRESS_FILE = "dsft-progress.json"
@@ -27,6 +27,24 @@ class TrainerPhase(StrEnum):
     SUCCEEDED = "succeeded"
     INTERRUPTED = "interrupted"
     FAILED = "failed"
+
+    @property
+    def phase(self) -> Phase:
+        """The phase of a run whose trainer does this."""
+        return _PHASES[self]
+
+
+_PHASES = {
+    TrainerPhase.STARTING: Phase.STARTING,
+    TrainerPhase.LOADING: Phase.STARTING,
+    TrainerPhase.TRAINING: Phase.RUNNING,
+    TrainerPhase.EVALUATING: Phase.RUNNING,
+    TrainerPhase.SAVING: Phase.RUNNING,
+    TrainerPhase.EXPORTING: Phase.EXPORTING,
+    TrainerPhase.SUCCEEDED: Phase.SUCCEEDED,
+    TrainerPhase.INTERRUPTED: Phase.SUSPENDED,
+    TrainerPhase.FAILED: Phase.FAILED,
+}
 
 
 class TrainerFailure(ApiModel):

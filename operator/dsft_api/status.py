@@ -153,6 +153,7 @@ class FineTuneStatus(ApiModel):
 
     observed_generation: int | None = Field(default=None, description="Generation that this status is about.")
     phase: Phase | None = Field(default=None, description="Printed summary.")
+    phase_time: Time | None = Field(default=None, description="When the phase last changed.")
     message: str | None = Field(default=None, max_length=4096, description="What is going on, or what to do.")
     conditions: Annotated[tuple[Condition, ...], Field(max_length=16), ListMap("type")] = Field(
         default=(), description="Conditions."
@@ -172,6 +173,8 @@ class FineTuneStatus(ApiModel):
     attempts: Annotated[tuple[Attempt, ...], Field(max_length=20), ListMap("number")] = Field(
         default=(), description="The last attempts, oldest first."
     )
+    retries: int | None = Field(default=None, description="Failed attempts in a row that committed nothing new.")
+    retry_token: str | None = Field(default=None, description="The spec.retry.token that was last acted on.")
     usage: Usage | None = Field(default=None, description="What the run used.")
     start_time: Time | None = Field(default=None, description="Start of the first attempt.")
     completion_time: Time | None = Field(default=None, description="End of the run.")

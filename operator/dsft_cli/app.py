@@ -1,4 +1,4 @@
-"""The `dsft` command (also `kubectl dsft`): run, validate, status, ls."""
+"""The `dsft` command (also `kubectl dsft`): run, validate, status, ls here; get, watch, logs on a cluster."""
 
 import sys
 from pathlib import Path
@@ -15,6 +15,7 @@ from dsft_api.not_supported import cluster_only
 from dsft_api.problem import ManifestError, Problem
 from dsft_api.resource import DeepSpeedFineTune
 from dsft_api.status import FineTuneStatus
+from dsft_cli import cluster_commands
 from dsft_cli.devices import Machine, ranks_here, this_machine
 from dsft_cli.follow import follow, read_status, settle_status
 from dsft_cli.local_run import LocalRun, find_run, is_running, job_for, runs_folder, trainer_environment
@@ -27,6 +28,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+for command in (cluster_commands.get, cluster_commands.watch, cluster_commands.logs):
+    app.command(rich_help_panel="On a cluster")(command)
 
 FileOption = Annotated[str, typer.Option("--filename", "-f", help="The manifest; - reads standard input.")]
 OutputOption = Annotated[Format, typer.Option("--output", "-o", help="How the result is printed.")]

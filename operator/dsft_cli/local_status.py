@@ -8,20 +8,8 @@ from datetime import datetime
 
 from dsft_api.conditions import ConditionType, ExitCode, Phase, Reason
 from dsft_api.job import CONTRACT
-from dsft_api.progress import Progress, TrainerPhase
+from dsft_api.progress import Progress
 from dsft_api.status import Attempt, Condition, FineTuneStatus, Logs, Resolved
-
-_PHASES = {
-    TrainerPhase.STARTING: Phase.STARTING,
-    TrainerPhase.LOADING: Phase.STARTING,
-    TrainerPhase.TRAINING: Phase.RUNNING,
-    TrainerPhase.EVALUATING: Phase.RUNNING,
-    TrainerPhase.SAVING: Phase.RUNNING,
-    TrainerPhase.EXPORTING: Phase.EXPORTING,
-    TrainerPhase.SUCCEEDED: Phase.SUCCEEDED,
-    TrainerPhase.INTERRUPTED: Phase.SUSPENDED,
-    TrainerPhase.FAILED: Phase.FAILED,
-}
 
 MAX_ATTEMPTS = 20
 
@@ -66,7 +54,7 @@ def status_of(
 
 def _phase(progress: Progress, exit_code: int | None) -> Phase:
     if exit_code is None:
-        return _PHASES[progress.phase]
+        return progress.phase.phase
     if exit_code == ExitCode.OK:
         return Phase.SUCCEEDED
     return Phase.SUSPENDED if exit_code == ExitCode.INTERRUPTED else Phase.FAILED

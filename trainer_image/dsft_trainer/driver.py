@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -27,6 +28,7 @@ from dsft_api.conditions import ExitCode, FailureClass
 from dsft_api.job import CONTRACT, JOB_ENV, Job
 from dsft_api.progress import PROGRESS_FILE, Progress, TrainerPhase
 from dsft_trainer.checkpoint.store import Store, open_store
+from dsft_trainer.drain import drain
 from dsft_trainer.errors import TrainerError, failure_of
 from dsft_trainer.preflight import preflight
 from dsft_trainer.progress import starting
@@ -37,6 +39,7 @@ from dsft_trainer.versions import versions
 log = logging.getLogger(__name__)
 
 SAME_SIGNAL_SECONDS = 1.0
+POD_STDOUT_ENV = "DSFT_POD_STDOUT"
 
 # Set before Ray is imported. A training run of minutes must not wait seconds for polls, and a private Ray says nothing home.
 _RAY_DEFAULTS = {
@@ -55,6 +58,7 @@ _CPU_DEFAULTS = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_":
 
 def run(runtime: str) -> int:
     """Do the attempt that DSFT_JOB describes; the exit code."""
+    _copy_output(os.environ.get(POD_STDOUT_ENV))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     channel = Channel(Path(os.environ.get("DSFT_CHANNEL") or tempfile.mkdtemp(prefix="dsft-channel-")))
     try:
@@ -70,6 +74,21 @@ def run(runtime: str) -> int:
     except TrainerError as error:
         log.error("%s", error)  # noqa: TRY400  the message is the whole story
         return error.exit_code
+
+
+def _copy_output(target: str | None) -> None:
+    """Have all that this process prints appear in another file too: the head pod's own output, where collectors look."""
+    if not target:
+        return
+    # In a session of its own, since Ray stops a job by a signal to its process group: it ends when we have.
+    reading, writing = os.pipe()
+    subprocess.Popen(["tee", target], stdin=reading, start_new_session=True)
+    os.close(reading)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(writing, stream.fileno())
+    os.close(writing)
+    sys.stdout.reconfigure(line_buffering=True)
 
 
 def _run_recorded(job: Job, channel: Channel, runtime: str) -> int:
@@ -215,12 +234,14 @@ def _record(job: Job, channel: Channel, failure: TrainerError) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m dsft_trainer run [--runtime ray|torchrun]`."""
+    """`python -m dsft_trainer run [--runtime ray|torchrun]`, or `drain`."""
     match arguments:
         case ["run"]:
             return run("ray")
         case ["run", "--runtime", ("ray" | "torchrun") as runtime]:
             return run(runtime)
+        case ["drain"]:
+            return drain()
         case _:
-            sys.stderr.write("usage: python -m dsft_trainer run [--runtime ray|torchrun]\n")
+            sys.stderr.write("usage: python -m dsft_trainer run [--runtime ray|torchrun] | drain\n")
             return ExitCode.BAD_INPUT

@@ -37,6 +37,17 @@ from dsft_api.spec.policy import (
 
 # Frozen once a run began; also what specHash covers.
 IDENTITY_FIELDS = ("model", "data", "training", "evaluation", "program", "storage", "start_from")
+# May change only while the run is Pending, Suspended or Failed. What is in neither group is policy.
+PLACEMENT_FIELDS = (
+    "execution",
+    "deepspeed",
+    "node_pools",
+    "head",
+    "image",
+    "service_account_name",
+    "env",
+    "env_from",
+)
 
 
 class FineTuneSpec(ApiModel):

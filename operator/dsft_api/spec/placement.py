@@ -1,4 +1,4 @@
-"""How the run fits its hardware and where it runs. May change while the run is Suspended or Failed."""
+"""How the run fits its hardware and where it runs. May change while the run is Pending, Suspended or Failed."""
 
 from typing import Annotated, Literal, Self
 

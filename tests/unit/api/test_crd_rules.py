@@ -10,49 +10,32 @@ from typing import Any
 import cel
 import pytest
 from pydantic import ValidationError
+from pydantic.alias_generators import to_camel
 
+from dsft_api.conditions import Phase
 from dsft_api.crd import crd, freeze_rules
 from dsft_api.resource import DeepSpeedFineTune
-from dsft_api.spec import IDENTITY_FIELDS
-
-Document = dict[str, Any]
+from dsft_api.spec import IDENTITY_FIELDS, PLACEMENT_FIELDS, FineTuneSpec
+from tests.unit.api.rule_table import (
+    IDENTITY_CHANGES,
+    MANIFEST,
+    PLACEMENT_CHANGES,
+    POLICY_CHANGES,
+    PROGRAM_CONFIG,
+    ROWS,
+    RULES,
+    Document,
+    changed,
+    frozen_message,
+    placement_message,
+)
 
 SCHEMA = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
-BEGAN = {"observedGeneration": 1, "startTime": "2026-01-01T00:00:00Z"}
-
-MANIFEST: Document = {
-    "apiVersion": "dsft.dev/v1alpha1",
-    "kind": "DeepSpeedFineTune",
-    "metadata": {"name": "chat"},
-    "spec": {
-        "model": {"uri": "hf://org/model", "task": "causal-lm"},
-        "data": {"train": {"uri": "s3://bucket/train.jsonl", "format": "messages"}},
-        "training": {"epochs": 1, "globalBatchSize": 8, "optimizer": {"learningRate": 1.0e-5}},
-        "evaluation": {"everySteps": 10},
-        "storage": {"uri": "s3://bucket/runs"},
-    },
-}
-SOURCE = {"uri": "s3://bucket/a.jsonl", "format": "text"}
-PROGRAM = {"model": None, "data": None, "training": None, "program": {"entrypoint": "mine.train:run"}}
 
 
-def changed(changes: Document, document: Document = MANIFEST) -> Document:
-    """A copy with the fields of `changes` set, by dotted path below spec; None removes."""
-    copied = copy.deepcopy(document)
-    for path, value in changes.items():
-        *parents, name = path.split(".")
-        place = copied["spec"]
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        if value is None:
-            place.pop(name)
-        else:
-            place[name] = value
-    return copied
-
-
-def named(name: str) -> Document:
-    return {**MANIFEST, "metadata": {"name": name}}
+def in_phase(phase: str) -> Document:
+    """The manifest of a run that has begun, in some phase."""
+    return {**MANIFEST, "status": {"observedGeneration": 1, "attempt": 1, "phase": str(phase)}}
 
 
 def places(document: Any, schema: Document) -> Iterator[tuple[Document, Document]]:
@@ -89,61 +72,6 @@ def stored(document: Document) -> Document:
     return copied
 
 
-# Message of the rule: what it takes, what it refuses.
-RULES: dict[str, list[tuple[Document, Document]]] = {
-    "metadata.name must be 40 characters at most and start with a letter": [
-        (named("a" * 40), named("a" * 41)),
-        (named("r2-d2"), named("2-fast")),
-        (named("a"), named("a-")),
-    ],
-    "set model, data and training, or program alone": [
-        (MANIFEST, changed({"model": None})),
-        (changed(PROGRAM), changed({"program": PROGRAM["program"]})),
-    ],
-    "numLabels belongs to task sequence-classification; remove it": [
-        (changed({"model.task": "sequence-classification", "model.numLabels": 3}), changed({"model.numLabels": 3})),
-    ],
-    "set exactly one of train and mixture": [
-        (changed({"data": {"mixture": [SOURCE, SOURCE]}}), changed({"data.mixture": [SOURCE, SOURCE]})),
-        (MANIFEST, changed({"data.train": None})),
-    ],
-    "set only one of eval and evalFraction": [
-        (changed({"data.evalFraction": 0.1}), changed({"data.evalFraction": 0.1, "data.eval.split": "test"})),
-    ],
-    "set exactly one of fromModel, template and configMapRef": [
-        (
-            changed({"data.chatTemplate.template": "{{ x }}"}),
-            changed({"data.chatTemplate.template": "{{ x }}", "data.chatTemplate.fromModel": "org/chat"}),
-        ),
-        (changed({"data.chatTemplate.fromModel": "org/chat"}), changed({"data.chatTemplate": {}})),
-    ],
-    "set exactly one of epochs and maxSteps": [
-        (changed({"training.epochs": None, "training.maxSteps": 9}), changed({"training.maxSteps": 9})),
-        (MANIFEST, changed({"training.epochs": None})),
-    ],
-    "set exactly one of value and valueFrom": [
-        (changed({"env": [{"name": "A", "value": "1"}]}), changed({"env": [{"name": "A"}]})),
-    ],
-    "set exactly one of secretKeyRef and configMapKeyRef": [
-        (
-            changed({"env": [{"name": "A", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}]}),
-            changed({"env": [{"name": "A", "valueFrom": {}}]}),
-        ),
-    ],
-    "set exactly one of secretRef and configMapRef": [
-        (
-            changed({"envFrom": [{"secretRef": {"name": "s"}}]}),
-            changed({"envFrom": [{"secretRef": {"name": "s"}, "configMapRef": {"name": "c"}}]}),
-        ),
-    ],
-    "set at most one of everySteps, everyMinutes and interval": [
-        (changed({"checkpoint.interval": "auto"}), changed({"checkpoint": {"everySteps": 5, "everyMinutes": 1}})),
-        (changed({"checkpoint": {}}), changed({"checkpoint": {"everySteps": 5, "interval": "auto"}})),
-    ],
-}
-ROWS = [(message, *row) for message, rows in RULES.items() for row in rows]
-
-
 @pytest.mark.parametrize(("message", "accepted", "refused"), ROWS)
 def test_crd_and_model_agree(message, accepted, refused):
     assert refusals(accepted) == []
@@ -162,61 +90,74 @@ def test_every_rule_is_in_the_table():
     assert set(messages(SCHEMA)) == {*RULES, *(rule.message for rule in freeze_rules())}
 
 
-IDENTITY_CHANGES = {
-    "model": {"model.revision": "v2"},
-    "data": {"data.maxLength": 1024},
-    "training": {"training.optimizer.learningRate": 2.0e-5},
-    "evaluation": {"evaluation.metric": "perplexity"},
-    "storage": {"storage.uri": "s3://bucket/elsewhere"},
-    "start_from": {"startFrom.run": "older"},
-}
-
-
-@pytest.mark.parametrize("changes", IDENTITY_CHANGES.values(), ids=IDENTITY_CHANGES)
-def test_identity_is_frozen_once_the_run_began(changes):
-    waiting, began = {**MANIFEST, "status": {"observedGeneration": 1}}, {**MANIFEST, "status": BEGAN}
-    field = next(iter(changes)).split(".")[0]
-    assert refusals(changed(changes, waiting), waiting) == []
-    assert refusals(changed(changes, began), began) == [
-        f"spec.{field} is frozen since the run began; make a new run with another name"
-    ]
-    # The way back is a change too.
-    assert len(refusals(began, changed(changes, began))) == 1
+@pytest.mark.parametrize(("field", "changes"), IDENTITY_CHANGES.items(), ids=IDENTITY_CHANGES)
+def test_identity_is_frozen_once_the_run_began(field, changes):
+    message = frozen_message(to_camel(field))
+    for status in ({"observedGeneration": 1}, {"attempt": 0, "phase": "Pending"}):
+        waiting = {**MANIFEST, "status": status}
+        assert refusals(changed(changes, waiting), waiting) == []
+    for phase in Phase:
+        began = in_phase(phase)
+        assert refusals(changed(changes, began), began) == [message]
+        # The way back is a change too.
+        assert refusals(began, changed(changes, began)) == [message]
 
 
 def test_program_is_frozen_once_the_run_began():
-    began = changed(PROGRAM, {**MANIFEST, "status": BEGAN})
+    began = changed(PROGRAM_CONFIG, in_phase("Running"))
     assert refusals(began, began) == []
-    assert "spec.program is frozen" in refusals(changed({"program.entrypoint": "mine.train:other"}, began), began)[0]
-    replaced = refusals({**MANIFEST, "status": BEGAN}, began)
-    assert [message.split()[0] for message in replaced] == ["spec.model", "spec.data", "spec.training", "spec.program"]
+    assert refusals(changed({"program.entrypoint": "mine.train:other"}, began), began) == [frozen_message("program")]
+    deeper = changed({"program.config": {"depth": {"layers": [1, 3]}}}, began)
+    assert refusals(deeper, began) == [frozen_message("program")]
+    assert refusals(in_phase("Running"), began) == [
+        frozen_message(field) for field in ("model", "data", "training", "program")
+    ]
     assert {*IDENTITY_CHANGES, "program"} == set(IDENTITY_FIELDS)
+
+
+@pytest.mark.parametrize(("field", "changes"), PLACEMENT_CHANGES.items(), ids=PLACEMENT_CHANGES)
+def test_placement_changes_only_while_nothing_runs(field, changes):
+    for phase in Phase:
+        old = in_phase(phase)
+        expected = [] if phase in ("Pending", "Suspended", "Failed") else [placement_message(to_camel(field))]
+        assert refusals(changed(changes, old), old) == expected, phase
+        assert refusals(old, changed(changes, old)) == expected, phase
+    unseen = {**MANIFEST, "status": {"observedGeneration": -1}}
+    assert refusals(changed(changes, unseen), unseen) == []
+
+
+def test_every_field_belongs_to_one_group():
+    assert set(PLACEMENT_CHANGES) == set(PLACEMENT_FIELDS)
+    assert not set(PLACEMENT_FIELDS) & set(IDENTITY_FIELDS)
+    policy = set(FineTuneSpec.model_fields) - set(PLACEMENT_FIELDS) - set(IDENTITY_FIELDS)
+    assert policy == {
+        "checkpoint",
+        "export",
+        "tracking",
+        "suspend",
+        "queue",
+        "retry",
+        "deadlines",
+        "keep_cluster_seconds",
+    }
 
 
 @pytest.mark.parametrize("part", [None, "evaluation", "storage"])
 def test_part_that_is_removed_counts_as_changed(part):
-    began = {**MANIFEST, "status": BEGAN}
+    began = in_phase("Running")
     removed = changed({part: None}, began) if part else began
-    assert len(refusals(removed, began)) == (1 if part else 0)
+    assert refusals(removed, began) == ([frozen_message(part)] if part else [])
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"suspend": True},
-        {"execution.microBatchSize": 1, "deepspeed.offload.optimizer": "cpu"},
-        {"nodePools": [{"name": "gpu", "nodes": 2}]},
-        {"checkpoint.keepLast": 5, "retry.token": "again"},
-        {"storage.uri": "s3://bucket/runs"},
-    ],
-)
-def test_placement_and_policy_may_change_while_it_runs(changes):
-    began = {**MANIFEST, "status": BEGAN}
-    assert refusals(changed(changes, began), began) == []
+@pytest.mark.parametrize("changes", POLICY_CHANGES)
+def test_policy_may_change_at_any_time(changes):
+    for phase in Phase:
+        old = in_phase(phase)
+        assert refusals(changed(changes, old), old) == []
 
 
 def test_defaults_of_a_newer_crd_are_no_change():
     """What was written out by hand and what the API server fills in are the same to the freeze."""
-    began = {**MANIFEST, "status": BEGAN}
+    began = in_phase("Running")
     spelled_out = changed({"data.maxLength": 512, "training.seed": 42, "model.trustRemoteCode": False}, began)
     assert refusals(spelled_out, began) == []

@@ -33,7 +33,6 @@ NOT_YET = [
     ({"spec.export.pushToHub": {"repoId": "a/b"}}, "spec.export.pushToHub"),
     ({"spec.tracking.mlflow": {"trackingUri": "http://m"}}, "spec.tracking.mlflow"),
     ({"spec.tracking.wandb": {"project": "p"}}, "spec.tracking.wandb"),
-    ({"spec.deadlines.runSeconds": 60}, "spec.deadlines.runSeconds"),
     (
         {"spec.data": {"mixture": [{"uri": "hf://a/b", "format": "text"}, {"uri": "hf://a/c", "format": "text"}]}},
         "spec.data.mixture",

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Of the Relay actors, so that `drain` finds them.
+NAMESPACE = "dsft"
 # Shared memory of a local Ray without Ray Data: nothing but small messages goes through it.
 LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
 LOCAL_OBJECT_STORE_BYTES_FOR_DATA = 2**30
@@ -155,7 +157,7 @@ def launch(job: Job, channel: Channel) -> Outcome:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         relay = (
             ray.remote(Relay)
-            .options(name=f"dsft-{job.run.uid}", num_cpus=0, scheduling_strategy=here)
+            .options(name=f"dsft-{job.run.uid}-a{job.attempt}", num_cpus=0, scheduling_strategy=here)
             .remote(str(channel.folder))
         )
         _fit(job, channel, relay)
@@ -166,7 +168,7 @@ def launch(job: Job, channel: Channel) -> Outcome:
 
 def _connect(job: Job) -> None:
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=True)
+        ray.init(log_to_driver=True, namespace=NAMESPACE)
         return
     # A Ray of our own has no nodes that could be drained: spare the process that would watch for it.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
@@ -174,6 +176,7 @@ def _connect(job: Job) -> None:
     uses_data = job.spec.workload().data.loader == "ray-data"
     ray.init(
         address="local",
+        namespace=NAMESPACE,
         num_cpus=max(job.ranks.count, os.cpu_count() or 1),
         num_gpus=gpus,
         include_dashboard=False,

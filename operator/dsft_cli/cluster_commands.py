@@ -1,0 +1,143 @@
+"""`dsft get`, `watch` and `logs`: runs on a cluster. The Kubernetes client is loaded only when one of them is called."""
+
+import sys
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from dsft_api.conditions import ConditionType, ExitCode
+from dsft_api.status import FineTuneStatus
+from dsft_cli.output import Format, document, err, out
+
+if TYPE_CHECKING:
+    from dsft_cli.cluster import ClusterClient
+
+NameArgument = Annotated[str, typer.Argument(help="Name of the resource.")]
+NamespaceOption = Annotated[
+    str | None, typer.Option("--namespace", "-n", help="Default: the namespace of the kubeconfig's context.")
+]
+OutputOption = Annotated[Format, typer.Option("--output", "-o", help="How the result is printed.")]
+
+
+def get(
+    name: Annotated[str | None, typer.Argument(help="Name of the resource. Default: all.")] = None,
+    namespace: NamespaceOption = None,
+    everywhere: Annotated[bool, typer.Option("--all-namespaces", "-A", help="Of all namespaces.")] = False,
+    output: OutputOption = Format.TEXT,
+) -> None:
+    """Show the runs on the cluster."""
+    client = _connect(namespace)
+    items = [_asked(client.get, name)] if name else _asked(client.list, everywhere=everywhere)
+    if output is not Format.TEXT:
+        document(items[0] if name else items, output)
+        return
+    table = Table("namespace", "name", "phase", "step", "attempt", "age", "message", box=None)
+    for item in items:
+        meta, status = item["metadata"], _status(item)
+        progress = status.progress
+        table.add_row(
+            meta["namespace"],
+            meta["name"],
+            str(status.phase or ""),
+            f"{progress.step}/{progress.total_steps}" if progress else "",
+            str(status.attempt or ""),
+            _age(meta["creationTimestamp"]),
+            escape(status.message or ""),
+        )
+    out.print(table)
+
+
+def watch(name: NameArgument, namespace: NamespaceOption = None, output: OutputOption = Format.TEXT) -> None:
+    """Follow a run on the cluster to its end: one line for each change. Exit code 0 when it succeeded, else as `dsft run`."""
+    client = _connect(namespace)
+    said = ""
+    status = FineTuneStatus()
+    try:
+        for resource in _watched(client, name):
+            status = _status(resource)
+            line = f"{status.phase or 'Pending'}: {status.message or 'the operator has not seen it yet'}"
+            if line != said:
+                err.print(escape(f"{datetime.now(UTC):%H:%M:%S} {line}"), highlight=False)
+                said = line
+            if status.completion_time is not None or _refused(status):
+                break
+    except KeyboardInterrupt:
+        raise typer.Exit(ExitCode.INTERRUPTED) from None
+    if output is not Format.TEXT:
+        document(status.to_wire(), output)
+    raise typer.Exit(_exit_code(status))
+
+
+def logs(
+    name: NameArgument,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the head ends.")] = False,
+    namespace: NamespaceOption = None,
+) -> None:
+    """Print what a run's driver and ranks print, from the Ray head's pod."""
+    from dsft_cli.cluster import ClusterError
+
+    try:
+        for line in _connect(namespace).log_lines(name, follow=follow):
+            sys.stdout.write(line)
+    except ClusterError as error:
+        raise _fail(error) from error
+
+
+def _connect(namespace: str | None) -> "ClusterClient":
+    from dsft_cli.cluster import ClusterClient, ClusterError
+
+    try:
+        return ClusterClient(namespace)
+    except ClusterError as error:
+        raise _fail(error) from error
+
+
+def _asked(call: Any, *arguments: Any, **options: Any) -> Any:
+    from dsft_cli.cluster import ClusterError
+
+    try:
+        return call(*arguments, **options)
+    except ClusterError as error:
+        raise _fail(error) from error
+
+
+def _watched(client: "ClusterClient", name: str) -> Any:
+    from dsft_cli.cluster import ClusterError
+
+    try:
+        yield from client.watch(name)
+    except ClusterError as error:
+        raise _fail(error) from error
+
+
+def _fail(error: Exception) -> typer.Exit:
+    err.print(escape(str(error)), style="red", highlight=False)
+    return typer.Exit(ExitCode.ACCESS)
+
+
+def _status(resource: Any) -> FineTuneStatus:
+    from dsft_cli.cluster import status_of
+
+    return status_of(resource)
+
+
+def _refused(status: FineTuneStatus) -> bool:
+    return any(c.type is ConditionType.STALLED and c.status == "True" for c in status.conditions)
+
+
+def _exit_code(status: FineTuneStatus) -> int:
+    if any(c.type is ConditionType.SUCCEEDED and c.status == "True" for c in status.conditions):
+        return ExitCode.OK
+    failure = status.attempts[-1].failure_class if status.attempts else None
+    return failure.failure.exit_code if failure else ExitCode.BAD_INPUT
+
+
+def _age(created: str) -> str:
+    seconds = int((datetime.now(UTC) - datetime.fromisoformat(created)).total_seconds())
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= length:
+            return f"{seconds // length}{unit}"
+    return f"{seconds}s"

@@ -1,0 +1,25 @@
+"""`python -m dsft_operator`: run the operator."""
+
+import asyncio
+import os
+import sys
+
+from dsft_operator.app import run
+from dsft_operator.config import ConfigError, load_config
+from dsft_operator.runtime import logs
+
+
+def main() -> int:
+    """Run until a signal; exit code 2 for a configuration that cannot be used."""
+    logs.set_up(os.environ.get("DSFT_LOG_LEVEL", "info"))
+    try:
+        config = load_config()
+    except ConfigError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    asyncio.run(run(config))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Edges: the Kubernetes API, the Ray dashboard, Events. They translate, and decide nothing."""

@@ -1,0 +1,156 @@
+"""Kubernetes JSON -> what the core speaks of. Pure, and lenient: an object of a newer schema must not stop the operator."""
+
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from dsft_api.checks import check
+from dsft_api.problem import Problem, field_name
+from dsft_api.resource import DeepSpeedFineTune
+from dsft_api.spec import FineTuneSpec
+from dsft_api.status import FineTuneStatus
+from dsft_operator.config import OperatorConfig
+from dsft_operator.core import naming
+from dsft_operator.core.observed import Cluster, Ended, Pod, Run
+from dsft_operator.core.pods import pod_template_problems
+
+Json = Mapping[str, Any]
+
+RAY_CONTAINERS = ("ray-head", "ray-worker")
+# The head needs minutes to be ready, so its own words (an image, a crash) count before its condition.
+_WAITS = ("ContainerCreating", "PodInitializing")
+
+
+def run_of(raw: Json, config: OperatorConfig) -> Run:
+    """The resource with the admin's defaults, and every problem it has."""
+    meta: Json = raw["metadata"]
+    spec, problems = _spec(raw, config)
+    deleted = meta.get("deletionTimestamp")
+    return Run(
+        namespace=meta["namespace"],
+        name=meta["name"],
+        uid=meta["uid"],
+        generation=meta.get("generation", 1),
+        resource_version=meta["resourceVersion"],
+        spec=spec,
+        status=_status(raw),
+        problems=problems,
+        deleting=datetime.fromisoformat(deleted) if deleted else None,
+        finalizers=tuple(meta.get("finalizers", ())),
+        labels=meta.get("labels", {}),
+    )
+
+
+def _spec(raw: Json, config: OperatorConfig) -> tuple[FineTuneSpec | None, tuple[Problem, ...]]:
+    try:
+        resource = DeepSpeedFineTune.model_validate({k: v for k, v in raw.items() if k != "status"})
+    except ValidationError as error:
+        return None, tuple(
+            Problem(field_name(tuple(item["loc"])), item["msg"], "correct it and apply the resource again")
+            for item in error.errors(include_url=False, include_input=False)
+        )
+    given = resource.spec
+    problems = (*check(resource), *pod_template_problems(given), *_lacking(given, config))
+    return with_defaults(given, config), problems
+
+
+def with_defaults(spec: FineTuneSpec, config: OperatorConfig) -> FineTuneSpec:
+    """The spec with the admin's storage where it names none, and the admin's image."""
+    changes: dict[str, Any] = {}
+    if spec.storage.uri is None:
+        given = spec.storage.model_dump(exclude_unset=True)
+        changes["storage"] = config.storage.model_copy(update=given)
+    if spec.image.trainer is None:
+        changes["image"] = spec.image.model_copy(update={"trainer": config.image.trainer})
+    return spec.model_copy(update=changes)
+
+
+def _lacking(spec: FineTuneSpec, config: OperatorConfig) -> Iterator[Problem]:
+    """What a run on a cluster needs and neither the spec nor the admin gives."""
+    if not spec.node_pools:
+        yield Problem("spec.nodePools", "is empty", "name at least one pool: name, nodes, gpusPerNode")
+    if spec.storage.uri is None and config.storage.uri is None:
+        yield Problem("spec.storage.uri", "is missing, and the operator has no default", "write s3://BUCKET/PREFIX")
+    if spec.image.trainer is None and config.image.trainer is None:
+        yield Problem("spec.image.trainer", "is missing, and the operator has no default", "name the trainer image")
+    uri = spec.storage.uri or config.storage.uri or ""
+    if uri.startswith("file://") and spec.storage.volume is None:
+        remedy = "name a ReadWriteMany claim and its mountPath, or use s3://"
+        yield Problem("spec.storage.volume", "is missing: file:// storage must outlive the pods", remedy)
+
+
+def _status(raw: Json) -> FineTuneStatus:
+    try:
+        return FineTuneStatus.model_validate(raw.get("status") or {})
+    except ValidationError:
+        # Somebody else wrote it, or a newer operator: begin from what is there in the world.
+        return FineTuneStatus()
+
+
+def cluster_of(raw: Json, run_uid: str) -> Cluster:
+    """A RayCluster as KubeRay keeps it."""
+    meta: Json = raw["metadata"]
+    status: Json = raw.get("status") or {}
+    conditions = {condition["type"]: condition for condition in status.get("conditions", ())}
+    head: Json = conditions.get("HeadPodReady", {})
+    failure: Json = conditions.get("ReplicaFailure", {})
+    pod: Json = status.get("head") or {}
+    owners = [owner for owner in meta.get("ownerReferences", ()) if owner.get("controller")]
+    return Cluster(
+        name=meta["name"],
+        uid=meta["uid"],
+        owned=any(owner.get("uid") == run_uid for owner in owners),
+        deleting="deletionTimestamp" in meta,
+        template_digest=meta.get("annotations", {}).get(naming.TEMPLATE_ANNOTATION),
+        suspended=bool(raw.get("spec", {}).get("suspend")),
+        head_ready=head.get("status") == "True",
+        head_message=": ".join(filter(None, (head.get("reason"), head.get("message")))),
+        ready_workers=status.get("readyWorkerReplicas", 0),
+        desired_workers=status.get("desiredWorkerReplicas", 0),
+        head_address=pod.get("podIP") or None,
+        problem=failure.get("message") if failure.get("status") == "True" else None,
+    )
+
+
+def pod_of(raw: Json) -> Pod:
+    """A Ray pod: where it is, whether it is ready, and what keeps it from it."""
+    meta: Json = raw["metadata"]
+    status: Json = raw.get("status") or {}
+    labels: Json = meta.get("labels", {})
+    role: Literal["head", "worker"] = "head" if labels.get("ray.io/node-type") == "head" else "worker"
+    conditions = {condition["type"]: condition for condition in status.get("conditions", ())}
+    scheduled: Json = conditions.get("PodScheduled", {})
+    containers: list[Json] = [*status.get("initContainerStatuses", ()), *status.get("containerStatuses", ())]
+    waits = [c["state"]["waiting"] for c in containers if "waiting" in c.get("state", {})]
+    told = [wait for wait in waits if wait.get("reason") not in _WAITS]
+    node = raw.get("spec", {}).get("nodeName")
+    return Pod(
+        name=meta["name"],
+        role=role,
+        pool=labels.get("ray.io/group", ""),
+        node=node,
+        ready=conditions.get("Ready", {}).get("status") == "True",
+        deleting="deletionTimestamp" in meta,
+        unscheduled=scheduled.get("message", "") if scheduled.get("status") == "False" else None,
+        waiting=(told[0].get("reason", ""), told[0].get("message", "")) if told else None,
+        image_id=next((c["imageID"] for c in containers if c["name"] in RAY_CONTAINERS and c.get("imageID")), None),
+        ended=tuple(_ended(meta["name"], role, node, containers)),
+    )
+
+
+def _ended(pod: str, role: Literal["head", "worker"], node: str | None, containers: list[Json]) -> Iterator[Ended]:
+    for container in containers:
+        if container["name"] not in RAY_CONTAINERS:
+            continue
+        for state in (container.get("lastState", {}), container.get("state", {})):
+            if end := state.get("terminated"):
+                yield Ended(
+                    pod=pod,
+                    role=role,
+                    node=node,
+                    reason=end.get("reason", ""),
+                    exit_code=end.get("exitCode", 0),
+                    message=end.get("message", "")[-1000:],
+                )

@@ -1,0 +1,146 @@
+"""Wiring: clients, queue, workers, watches, health; started together, ended together."""
+
+# The kubernetes client is typed in part only.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false
+
+import asyncio
+import logging
+import random
+import signal
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime
+
+import aiohttp
+from aiohttp import web
+from kubernetes.aio import client
+from kubernetes.aio import config as kube_config
+from prometheus_client import Gauge
+
+from dsft_operator.adapters.kube import KubeApi
+from dsft_operator.adapters.ray_jobs import RayJobsHttp
+from dsft_operator.config import OperatorConfig
+from dsft_operator.ports import Key, KubeError, KubeRayMissing
+from dsft_operator.runtime.http import application
+from dsft_operator.runtime.kopf_bridge import EventSource
+from dsft_operator.runtime.reconciler import Reconciler
+from dsft_operator.runtime.workers import resync, work
+from dsft_operator.runtime.workqueue import WorkQueue
+
+log = logging.getLogger(__name__)
+
+KUBERAY_PROBE_SECONDS = 15.0
+DEPTH = Gauge("dsft_queue_depth", "Runs waiting to be looked at.")
+
+
+class SystemClock:
+    """The machine's time."""
+
+    def now(self) -> datetime:
+        """UTC, whole seconds: what the status can say."""
+        return datetime.now(UTC).replace(microsecond=0)
+
+
+async def run(config: OperatorConfig) -> None:
+    """Be the operator until SIGTERM or SIGINT."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopped.set)
+    async with AsyncExitStack() as stack:
+        api = await stack.enter_async_context(client.ApiClient(await _kube_configuration()))
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        kube = KubeApi(api, config)
+        queue = WorkQueue()
+        DEPTH.set_function(lambda: len(queue))
+        ray = RayJobsHttp(session, config.ray.dashboard_port, config.ray.request_timeout_seconds)
+        reconciler = Reconciler(kube, ray, SystemClock(), config)
+        watches = Watches(config, queue, kube)
+        await stack.enter_async_context(_served(config, watches))
+        chance = random.Random()  # noqa: S311  jitter, no secret
+        tasks = [
+            *(asyncio.create_task(work(queue, reconciler), name=f"worker-{n}") for n in range(config.workers)),
+            asyncio.create_task(resync(queue, kube, config.intervals.resync_seconds, chance), name="resync"),
+            asyncio.create_task(watches.run(), name="watches"),
+        ]
+        log.info("started", extra={"workers": config.workers})
+        stop = asyncio.create_task(stopped.wait())
+        done, _ = await asyncio.wait([*tasks, stop], return_when=asyncio.FIRST_COMPLETED)
+        for task in (*tasks, stop):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for task in done - {stop}:
+            task.result()  # raises what ended it, if it was no signal
+        log.info("stopped")
+
+
+class Watches:
+    """The event source, begun anew when KubeRay's API comes or goes."""
+
+    def __init__(self, config: OperatorConfig, queue: WorkQueue, kube: KubeApi) -> None:
+        self._config = config
+        self._queue = queue
+        self._kube = kube
+        self._source: EventSource | None = None
+
+    @property
+    def are_up(self) -> bool:
+        """Whether events are being watched for."""
+        return self._source is not None and self._source.is_watching
+
+    async def run(self) -> None:
+        """Watch until cancelled or signalled."""
+        while True:
+            installed = await self._has_kuberay()
+            if not installed:
+                log.warning("KubeRay is not installed: waiting for its API")
+            self._source = EventSource(self._config, self._queue, with_kuberay=installed)
+            task = asyncio.create_task(self._source.run())
+            try:
+                while await self._has_kuberay() == installed:
+                    if (await asyncio.wait([task], timeout=KUBERAY_PROBE_SECONDS))[0]:
+                        return
+            finally:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+            log.info("KubeRay's API came or went: watching anew")
+
+    async def _has_kuberay(self) -> bool:
+        namespace = (self._config.watch_namespaces or ("default",))[0]
+        while True:
+            try:
+                await self._kube.cluster(Key(namespace, "dsft-probe"), "dsft-probe", "")
+            except KubeRayMissing:
+                return False
+            except KubeError as error:
+                log.warning("the API server cannot be asked for RayClusters: %s", error)
+                await asyncio.sleep(KUBERAY_PROBE_SECONDS)
+                continue
+            return True
+
+
+def _served(config: OperatorConfig, watches: Watches) -> "_Server":
+    return _Server(application(lambda: True, lambda: watches.are_up), config.http_port)
+
+
+class _Server:
+    """The HTTP server as a context."""
+
+    def __init__(self, app: web.Application, port: int) -> None:
+        self._runner = web.AppRunner(app, access_log=None)
+        self._port = port
+
+    async def __aenter__(self) -> None:
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, port=self._port)
+        await site.start()
+        log.info("serving", extra={"url": site.name})
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._runner.cleanup()
+
+
+async def _kube_configuration() -> client.Configuration:
+    configuration = client.Configuration()
+    await kube_config.load_config(client_configuration=configuration)
+    return configuration

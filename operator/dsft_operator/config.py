@@ -1,0 +1,94 @@
+"""The admin's settings: one YAML file of kind OperatorConfig. What a resource leaves out comes from here.
+
+Unknown keys are refused: a misspelt setting of an admin must not be a default in silence.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal, cast
+
+import yaml
+from pydantic import Field
+
+from dsft_api.base import ApiModel, DnsLabel, ObjectName, Uri
+from dsft_api.spec.placement import ImageSpec, StorageSpec
+
+CONFIG_ENV = "DSFT_CONFIG"
+DEFAULT_FILE = Path("/etc/dsft/config.yaml")
+
+
+class StorageDefaults(StorageSpec):
+    """Storage of runs that name none."""
+
+    uri: Uri | None = Field(
+        default=None, description="Default of spec.storage.uri; a run must name one if this is absent."
+    )
+
+
+class RayDefaults(ApiModel):
+    """Facts about the trainer image's Ray that KubeRay and the operator need."""
+
+    version: str = Field(default="2.60.0", description="Ray version of the trainer image; sent as rayVersion.")
+    dashboard_port: int = Field(default=8265, description="Port of the head's dashboard and Jobs API.")
+    request_timeout_seconds: float = Field(default=10.0, gt=0, description="Bound on one request to a Ray head.")
+
+
+class Intervals(ApiModel):
+    """How often the operator looks, in seconds. Events bring it there sooner."""
+
+    resync_seconds: float = Field(default=300, gt=0, description="All resources are listed and looked at again.")
+    provisioning_seconds: float = Field(default=5, gt=0, description="While pods come up.")
+    queued_seconds: float = Field(default=30, gt=0, description="While a queue decides.")
+    running_seconds: float = Field(default=10, gt=0, description="While the trainer runs: age of progress in status.")
+    backoff_seconds: float = Field(default=10, gt=0, description="Wait before the second attempt; doubles up to 5 min.")
+
+
+class OperatorConfig(ApiModel):
+    """Settings of one operator."""
+
+    model_config = ApiModel.model_config | {"extra": "forbid"}
+
+    api_version: Literal["config.dsft.dev/v1alpha1"] = Field(default="config.dsft.dev/v1alpha1", description="Version.")
+    kind: Literal["OperatorConfig"] = Field(default="OperatorConfig", description="Kind.")
+    namespace: DnsLabel = Field(default="dsft-system", description="The operator's own namespace. Env: POD_NAMESPACE.")
+    watch_namespaces: Annotated[tuple[DnsLabel, ...], Field(max_length=64)] = Field(
+        default=(), description="Namespaces to serve. Empty: all."
+    )
+    image: ImageSpec = Field(default_factory=ImageSpec, description="Default trainer image, pull policy and secrets.")
+    gpu_resource: str = Field(default="nvidia.com/gpu", max_length=253, description="Resource name of a GPU.")
+    storage: StorageDefaults = Field(default_factory=StorageDefaults, description="Default storage.")
+    root_key_secret: ObjectName = Field(
+        default="dsft-root-key", description="Secret in the operator's namespace that Ray tokens are derived from."
+    )
+    ray: RayDefaults = Field(default_factory=RayDefaults, description="The trainer image's Ray.")
+    intervals: Intervals = Field(default_factory=Intervals, description="How often the operator looks.")
+    workers: int = Field(default=8, ge=1, le=64, description="Resources that are worked on at the same time.")
+    http_port: int = Field(default=8080, ge=0, le=65535, description="Port of /healthz, /readyz and /metrics; 0: any.")
+
+
+class ConfigError(Exception):
+    """The configuration file cannot be used."""
+
+
+def load_config(path: Path | None = None) -> OperatorConfig:
+    """Read the file of DSFT_CONFIG (or /etc/dsft/config.yaml, if it is there); POD_NAMESPACE names our namespace.
+
+    Raises:
+        ConfigError: if it is no OperatorConfig, naming each wrong key.
+    """
+    named = path or (Path(os.environ[CONFIG_ENV]) if CONFIG_ENV in os.environ else None)
+    file = named or DEFAULT_FILE
+    document: object = {}
+    if named is not None or file.exists():
+        try:
+            document = yaml.safe_load(file.read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"{file}: {error}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"{file}: is no mapping; start with kind: OperatorConfig")
+    if namespace := os.environ.get("POD_NAMESPACE"):
+        document = {"namespace": namespace, **cast("dict[str, object]", document)}
+    try:
+        return OperatorConfig.model_validate(document)
+    except ValueError as error:
+        raise ConfigError(f"{file}: {error}") from error

@@ -1,0 +1,206 @@
+"""Rules about the attempt: one submission per attempt, followed to its end, and what comes after it."""
+
+from datetime import datetime
+from typing import Any
+
+from dsft_api.conditions import ConditionType, ExitCode, FailureClass, Phase, Reason
+from dsft_api.progress import Progress, TrainerPhase
+from dsft_api.status import FineTuneStatus, JobStatus, Resolved
+from dsft_operator.config import OperatorConfig
+from dsft_operator.core import attempts
+from dsft_operator.core.cluster_rules import failed
+from dsft_operator.core.decision import Action, Decision, DeleteCluster, StopJob
+from dsft_operator.core.failures import Cause, classify, report_of
+from dsft_operator.core.observed import Head, Observed, RayJob, Unknown
+from dsft_operator.core.resource_rules import SOON, live_cluster
+from dsft_operator.core.submission import submission
+from dsft_operator.core.summary import Fact, condition_of, report
+
+# A busy head misses some requests; a dead one is told by its session as soon as it is back.
+UNREACHABLE_SECONDS = 180
+# How long the last progress document may take after the driver's end.
+LAST_WORD_SECONDS = 20
+_READY = Fact(value=True, reason="AllPodsReady")
+
+
+def unsubmitted(seen: Observed, now: datetime, config: OperatorConfig) -> Decision | None:
+    """The cluster is whole. The intent (attempt, submission id, session) is in the status before anything is sent."""
+    run, status, spec = seen.run, seen.run.status, seen.run.spec
+    if attempts.active(status) is None:
+        return _intent(seen, now, config)
+    cluster = status.ray_cluster
+    if status.job is None or status.job.state is not None or seen.job is not None or spec is None or cluster is None:
+        return None
+    if not isinstance(seen.head, Head) or seen.head.session != cluster.session or status.attempt is None:
+        return None
+    prefix = status.resolved.storage_prefix if status.resolved else None
+    return Decision((submission(run, spec, status.attempt, prefix or ""),), requeue_after=SOON)
+
+
+def lost(seen: Observed, now: datetime, config: OperatorConfig) -> Decision | None:
+    """The attempt cannot be followed any more: another session, a submission that Ray forgot, nodes taken back."""
+    status, cluster = seen.run.status, live_cluster(seen)
+    if attempts.active(status) is None or cluster is None or status.job is None:
+        return None
+    if cluster.suspended:
+        return again(seen, now, Cause(FailureClass.PREEMPTED, "the queue took the nodes back"))
+    known = status.ray_cluster
+    if isinstance(seen.head, Head) and known is not None and seen.head.session != known.session:
+        return again(seen, now, Cause(FailureClass.HEAD_LOST, "the Ray head restarted"))
+    if isinstance(seen.head, Head) and seen.job is None:
+        return again(seen, now, Cause(FailureClass.HEAD_LOST, "Ray does not know the submission any more"))
+    if isinstance(seen.head, Head) and not isinstance(seen.job, Unknown):
+        return None
+    before = condition_of(status, ConditionType.JOB_SUBMITTED)
+    words = next((part.reason for part in (seen.head, seen.job) if isinstance(part, Unknown)), "the head is not ready")
+    if before is not None and before.status == "Unknown":
+        silent = (now - before.last_transition_time).total_seconds()
+        if silent >= UNREACHABLE_SECONDS:
+            cause = Cause(FailureClass.HEAD_LOST, f"the Ray head did not answer for {silent:.0f} s: {words}")
+            return again(seen, now, cause, DeleteCluster(cluster.name, cluster.uid))
+    fact = Fact(value=None, reason=Reason.RAY_UNREACHABLE, message=words)
+    phase = status.phase or Phase.STARTING
+    wish = report(seen.run, now, phase, fact.reason, words, {ConditionType.JOB_SUBMITTED: fact})
+    return Decision(status=wish, requeue_after=config.intervals.provisioning_seconds)
+
+
+def running(seen: Observed, now: datetime, config: OperatorConfig) -> Decision | None:
+    """The driver runs: pass on what the trainer tells."""
+    run, status, job, spec = seen.run, seen.run.status, seen.job, seen.run.spec
+    if not isinstance(job, RayJob) or job.is_over or spec is None:
+        return None
+    progress = report_of(seen)
+    bound = spec.deadlines.run_seconds
+    if bound is not None and attempts.trained_seconds(status, now) >= bound:
+        cause = Cause(FailureClass.RUN_TIMEOUT, f"trained for {bound} s, which is spec.deadlines.runSeconds")
+        decision = failed(seen, now, cause, **attempts.followed(status, progress))
+        return Decision((StopJob(job.submission_id), *decision.actions), decision.status, decision.requeue_after)
+    phase = progress.phase.phase if progress is not None else Phase.STARTING
+    if phase not in (Phase.STARTING, Phase.RUNNING, Phase.EXPORTING):
+        phase = Phase.RUNNING  # the driver has said its last word and is on its way out
+    wish = report(run, now, phase, _REASONS[phase], _message(progress), _facts(progress), **_told(seen, job, progress))
+    return Decision(status=wish, requeue_after=config.intervals.running_seconds)
+
+
+def over(seen: Observed, now: datetime, _config: OperatorConfig) -> Decision | None:
+    """The driver ended. Its exit code and its last document decide; a stopped job has no exit code."""
+    run, job, spec = seen.run, seen.job, seen.run.spec
+    if not isinstance(job, RayJob) or spec is None:
+        return Decision(requeue_after=SOON)
+    progress = report_of(seen)
+    silent = isinstance(seen.progress, Unknown) and job.ended is not None
+    if silent and job.ended is not None and (now - job.ended).total_seconds() < LAST_WORD_SECONDS:
+        return Decision(requeue_after=SOON)
+    told = _told(seen, job, progress)
+    if progress is not None and progress.phase is TrainerPhase.SUCCEEDED:
+        after = run.status.model_copy(update=told)
+        told |= attempts.ended(after, spec, now, None)
+        message = f"done: {progress.output.uri}" if progress.output else "done"
+        wish = report(
+            run, now, Phase.SUCCEEDED, Reason.SUCCEEDED, message, _facts(progress), completion_time=now, **told
+        )
+        return Decision(status=wish, requeue_after=0)
+    return again(seen, now, _cause(seen, job, progress))
+
+
+def again(seen: Observed, now: datetime, cause: Cause, *actions: Action) -> Decision:
+    """Close the attempt: the next one follows where that can help, else the run has failed."""
+    status, spec = seen.run.status, seen.run.spec
+    job = seen.job if isinstance(seen.job, RayJob) else None
+    changes = _told(seen, job, report_of(seen))
+    changes |= attempts.ended(status.model_copy(update=changes), spec, now, cause)
+    retries, limit = changes.get("retries") or 0, spec.retry.limit if spec is not None else 0
+    if not cause.failure_class.failure.retried:
+        return failed(seen, now, cause, **changes)
+    once = cause.failure_class is FailureClass.HOST_OOM
+    if retries > (min(1, limit) if once else limit):
+        spent = Cause(
+            cause.failure_class,
+            f"{cause.message} ({retries} attempts in a row without a new checkpoint)",
+            cause.exit_code,
+            f"{cause.remedy or cause.failure_class.failure.remedy}; then set a new spec.retry.token",
+        )
+        return failed(seen, now, spent, **changes)
+    message = f"attempt {status.attempt} ended: {cause}; going on from the last commit"
+    fact = Fact(value=False, reason=cause.failure_class, message=cause.message)
+    wish = report(
+        seen.run, now, Phase.PENDING, Reason.RESTARTING, message, {ConditionType.JOB_SUBMITTED: fact}, **changes
+    )
+    return Decision(actions, wish, requeue_after=0)
+
+
+_REASONS = {
+    Phase.STARTING: Reason.STARTING,
+    Phase.RUNNING: Reason.TRAINING,
+    Phase.EXPORTING: Reason.EXPORTING,
+}
+
+
+def _intent(seen: Observed, now: datetime, config: OperatorConfig) -> Decision:
+    run, status = seen.run, seen.run.status
+    if run.problems or not isinstance(seen.head, Head):
+        message = "; ".join(map(str, run.problems)) or "the Ray head does not answer yet"
+        return Decision(
+            status=report(run, now, Phase.PENDING, Reason.INVALID if run.problems else Reason.PROVISIONING, message),
+            requeue_after=None if run.problems else SOON,
+        )
+    start = attempts.next_start(status, config.intervals.backoff_seconds)
+    if start is not None and now < start:
+        last = status.attempts[-1]
+        message = f"attempt {last.number} ended ({last.message}); the next one starts at {start:%H:%M:%S} UTC"
+        wish = report(run, now, Phase.PENDING, Reason.RESTARTING, message, {ConditionType.CLUSTER_READY: _READY})
+        return Decision(status=wish, requeue_after=(start - now).total_seconds())
+    nodes = tuple(sorted({pod.node for pod in seen.pods if pod.role == "worker" and pod.node}))
+    changes = attempts.begun(status, run.uid, seen.head.session, now, nodes)
+    image = next((pod.image_id for pod in seen.pods if pod.image_id), None)
+    changes["resolved"] = (status.resolved or Resolved()).model_copy(update={"image": image})
+    facts: dict[ConditionType, Fact | None] = {
+        ConditionType.CLUSTER_READY: _READY,
+        ConditionType.JOB_SUBMITTED: Fact(value=False, reason=Reason.STARTING, message="about to be submitted"),
+    }
+    message = f"attempt {changes['attempt']}: submitting {changes['job'].submission_id}"
+    return Decision(
+        status=report(run, now, Phase.STARTING, Reason.STARTING, message, facts, **changes), requeue_after=0
+    )
+
+
+def _told(seen: Observed, job: RayJob | None, progress: Progress | None) -> dict[str, Any]:
+    status: FineTuneStatus = seen.run.status
+    changes = attempts.followed(status, progress)
+    if job is not None:
+        changes["job"] = JobStatus(submission_id=job.submission_id, state=job.state)
+    return changes
+
+
+def _facts(progress: Progress | None) -> dict[ConditionType, Fact | None]:
+    latest = progress.checkpoints.latest if progress is not None and progress.checkpoints else None
+    facts: dict[ConditionType, Fact | None] = {
+        ConditionType.CLUSTER_READY: _READY,
+        ConditionType.JOB_SUBMITTED: Fact(value=True, reason=Reason.SUBMITTED),
+    }
+    if progress is not None:
+        facts[ConditionType.CHECKPOINT_AVAILABLE] = (
+            Fact(value=True, reason=Reason.COMMITTED, message=f"step {latest.step}")
+            if latest
+            else Fact(value=False, reason=Reason.NO_CHECKPOINT)
+        )
+    return facts
+
+
+def _message(progress: Progress | None) -> str:
+    if progress is None:
+        return "the driver is starting"
+    if progress.phase.phase is Phase.RUNNING and progress.progress is not None:
+        return f"step {progress.progress.step} of {progress.progress.total_steps}"
+    return progress.message or str(progress.phase)
+
+
+def _cause(seen: Observed, job: RayJob, progress: Progress | None) -> Cause:
+    interrupted = progress is not None and progress.phase is TrainerPhase.INTERRUPTED
+    if interrupted or job.state == "STOPPED" or job.exit_code == ExitCode.INTERRUPTED:
+        text = "stopped on request, after a commit" if interrupted else "the driver was stopped"
+        return Cause(FailureClass.PREEMPTED, text, int(ExitCode.INTERRUPTED))
+    assert seen.run.spec is not None, "rule refused comes first"  # noqa: S101
+    if job.state == "SUCCEEDED":
+        return Cause(FailureClass.UNKNOWN, "the driver ended well and left no result", 0)
+    return classify(seen, seen.run.spec, job)

@@ -1,0 +1,193 @@
+"""Rules about the RayCluster: make it, prepare it, and say what it waits for."""
+
+from datetime import datetime
+from typing import Any
+
+from dsft_api.conditions import ConditionType, FailureClass, Phase, Reason
+from dsft_api.job import CONTRACT
+from dsft_api.resource import spec_hash
+from dsft_api.spec import FineTuneSpec
+from dsft_api.status import FineTuneStatus, RayClusterStatus, Resolved
+from dsft_operator.config import OperatorConfig
+from dsft_operator.core import attempts, naming
+from dsft_operator.core.decision import (
+    AddFinalizer,
+    CreateChild,
+    CreateCluster,
+    CreateToken,
+    Decision,
+    DeleteCluster,
+)
+from dsft_operator.core.failures import Cause
+from dsft_operator.core.observed import Cluster, Head, Observed
+from dsft_operator.core.raycluster import network_policy, ray_cluster, template_digest
+from dsft_operator.core.resource_rules import SOON, live_cluster
+from dsft_operator.core.submission import storage_prefix
+from dsft_operator.core.summary import Fact, condition_of, report
+from dsft_operator.core.waiting import explain
+
+
+def missing(seen: Observed, now: datetime, config: OperatorConfig) -> Decision | None:
+    """There is no RayCluster: make the first one, or the next incarnation once its intent is in the status."""
+    run, status, spec = seen.run, seen.run.status, _spec(seen)
+    if seen.cluster is not None:
+        return None
+    known = status.ray_cluster
+    if known is not None and known.uid is not None:
+        number = known.incarnation + 1
+        name = naming.cluster_name(run.name, run.uid, number)
+        changes = _lost(status, spec, now, "the RayCluster is gone")
+        changes["ray_cluster"] = RayClusterStatus(name=name, incarnation=number)
+        message = f"making RayCluster {name}"
+        return Decision(
+            status=report(run, now, Phase.PENDING, Reason.RESTARTING, message, _NO_CLUSTER, **changes), requeue_after=0
+        )
+    number = known.incarnation if known is not None else 1
+    manifest = ray_cluster(run, spec, config, number)
+    name = manifest["metadata"]["name"]
+    phase = Phase.QUEUED if manifest["spec"].get("suspend") else Phase.PROVISIONING
+    wish = report(
+        run,
+        now,
+        phase,
+        Reason.PROVISIONING,
+        f"RayCluster {name} was created",
+        _NO_CLUSTER,
+        ray_cluster=RayClusterStatus(name=name, incarnation=number),
+        **_pinned(seen, spec),
+    )
+    return Decision((CreateCluster(manifest), *_finalizer(seen)), wish, requeue_after=0)
+
+
+def going(seen: Observed, now: datetime, _config: OperatorConfig) -> Decision | None:
+    """A RayCluster of ours is being deleted: its attempt is over, and the next cluster waits for its pods to go."""
+    if not isinstance(seen.cluster, Cluster) or not seen.cluster.deleting:
+        return None
+    changes = _lost(seen.run.status, _spec(seen), now, "the RayCluster was deleted")
+    message = f"waiting until RayCluster {seen.cluster.name} is gone"
+    return Decision(
+        status=report(seen.run, now, Phase.PENDING, Reason.RESTARTING, message, _NO_CLUSTER, **changes),
+        requeue_after=SOON,
+    )
+
+
+def outdated(seen: Observed, now: datetime, config: OperatorConfig) -> Decision | None:
+    """Pools, image or environment changed while no attempt ran: another incarnation has them."""
+    run, cluster = seen.run, live_cluster(seen)
+    if cluster is None or attempts.active(run.status) is not None or run.problems:
+        return None
+    if cluster.template_digest == template_digest(run, _spec(seen), config):
+        return None
+    message = "the pods of the spec changed: making another RayCluster"
+    return Decision(
+        (DeleteCluster(cluster.name, cluster.uid),),
+        report(run, now, Phase.PENDING, Reason.RESTARTING, message, _NO_CLUSTER, ray_cluster=_named(seen, cluster)),
+        SOON,
+    )
+
+
+def unprepared(seen: Observed, now: datetime, config: OperatorConfig) -> Decision | None:
+    """The cluster is new to us: its pods wait for the token, and nobody else may reach them."""
+    run, cluster = seen.run, live_cluster(seen)
+    known = run.status.ray_cluster
+    if cluster is None or (known is not None and known.uid == cluster.uid):
+        return None
+    actions = (
+        CreateToken(cluster.name, cluster.uid),
+        CreateChild(network_policy(run, config, cluster.name, cluster.uid)),
+        # Again, for an operator that died between the cluster's creation and its status.
+        *_finalizer(seen),
+    )
+    wish = _waiting_status(seen, now, cluster, ray_cluster=_named(seen, cluster), **_pinned(seen, _spec(seen)))
+    return Decision(actions, wish, config.intervals.provisioning_seconds)
+
+
+def waiting(seen: Observed, now: datetime, config: OperatorConfig) -> Decision | None:
+    """No attempt runs, and the cluster is not whole: say why, for as long as the deadlines allow."""
+    run, cluster, spec = seen.run, live_cluster(seen), _spec(seen)
+    if cluster is None or attempts.active(run.status) is not None or is_whole(seen):
+        return None
+    wish = _waiting_status(seen, now, cluster)
+    waited = (now - wish.phase_time).total_seconds() if wish.phase_time else 0.0
+    queued = wish.phase is Phase.QUEUED
+    bound = spec.deadlines.queue_seconds if queued else spec.deadlines.provision_seconds
+    if bound is not None and waited >= bound:
+        return _timed_out(seen, now, wish, bound)
+    pause = config.intervals.queued_seconds if queued else config.intervals.provisioning_seconds
+    return Decision(status=wish, requeue_after=pause if bound is None else min(pause, bound - waited))
+
+
+def is_whole(seen: Observed) -> bool:
+    """Head and all workers are ready, and Ray's API answers."""
+    cluster = live_cluster(seen)
+    return (
+        cluster is not None
+        and not cluster.suspended
+        and cluster.head_ready
+        and cluster.ready_workers >= sum(pool.nodes for pool in _spec(seen).node_pools)
+        and isinstance(seen.head, Head)
+    )
+
+
+_NO_CLUSTER: dict[ConditionType, Fact | None] = {
+    ConditionType.CLUSTER_READY: Fact(value=False, reason=Reason.PROVISIONING, message="there is no RayCluster yet"),
+    ConditionType.JOB_SUBMITTED: None,
+}
+
+
+def _waiting_status(seen: Observed, now: datetime, cluster: Cluster, **changes: Any) -> FineTuneStatus:
+    if cluster.suspended:
+        message = seen.queue_message or "waiting in the queue"
+        fact = Fact(value=False, reason=Reason.QUEUED, message=message)
+        phase = Phase.QUEUED
+    else:
+        fact = explain(_spec(seen), cluster, seen.pods)
+        phase = Phase.PROVISIONING
+    return report(seen.run, now, phase, fact.reason, fact.message, {ConditionType.CLUSTER_READY: fact}, **changes)
+
+
+def _timed_out(seen: Observed, now: datetime, wish: FineTuneStatus, bound: int) -> Decision:
+    queued = wish.phase is Phase.QUEUED
+    kind = FailureClass.QUEUE_TIMEOUT if queued else FailureClass.PROVISION_TIMEOUT
+    fact = condition_of(wish, ConditionType.CLUSTER_READY)
+    words = f" ({fact.reason}: {fact.message})" if fact else ""
+    cause = Cause(kind, f"not {'admitted' if queued else 'provisioned'} within {bound} s{words}")
+    return failed(seen, now, cause)
+
+
+def failed(seen: Observed, now: datetime, cause: Cause, **changes: Any) -> Decision:
+    """The end of a run that cannot go on by itself; `finished` frees the nodes."""
+    status = seen.run.status.model_copy(update=changes)
+    changes |= attempts.ended(status, seen.run.spec, now, cause)
+    wish = report(seen.run, now, Phase.FAILED, cause.failure_class, str(cause), completion_time=now, **changes)
+    return Decision(status=wish, requeue_after=0)
+
+
+def _lost(status: FineTuneStatus, spec: FineTuneSpec, now: datetime, message: str) -> dict[str, Any]:
+    return attempts.ended(status, spec, now, Cause(FailureClass.HEAD_LOST, message)) | {"job": None}
+
+
+def _named(seen: Observed, cluster: Cluster) -> RayClusterStatus:
+    known = seen.run.status.ray_cluster
+    return RayClusterStatus(name=cluster.name, uid=cluster.uid, incarnation=known.incarnation if known else 1)
+
+
+def _finalizer(seen: Observed) -> tuple[AddFinalizer, ...]:
+    return () if naming.FINALIZER in seen.run.finalizers else (AddFinalizer(),)
+
+
+def _pinned(seen: Observed, spec: FineTuneSpec) -> dict[str, Any]:
+    """What is decided once, by the first pass that makes something."""
+    status = seen.run.status
+    before = status.resolved or Resolved()
+    prefix = storage_prefix(seen.run, spec)
+    return {
+        "spec_hash": status.spec_hash or spec_hash(spec),
+        "resolved": before.model_copy(update={"contract": CONTRACT, "storage_prefix": prefix}),
+        "retry_token": status.retry_token or spec.retry.token,
+    }
+
+
+def _spec(seen: Observed) -> FineTuneSpec:
+    assert seen.run.spec is not None, "rule refused comes first"  # noqa: S101
+    return seen.run.spec

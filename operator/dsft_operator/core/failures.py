@@ -1,0 +1,85 @@
+"""How an attempt failed, from the best witness there is: the trainer's own report, then Kubernetes, then Ray."""
+
+from dataclasses import dataclass
+
+from dsft_api.conditions import ExitCode, FailureClass
+from dsft_api.progress import Progress
+from dsft_api.spec import FineTuneSpec
+from dsft_operator.core.observed import Ended, Observed, RayJob
+
+_BY_EXIT_CODE = {
+    ExitCode.BAD_INPUT: FailureClass.CONFIG_INVALID,
+    ExitCode.ACCESS: FailureClass.STORAGE_DENIED,
+    ExitCode.OUT_OF_MEMORY: FailureClass.HOST_OOM,
+    ExitCode.DIVERGED: FailureClass.DIVERGED,
+    ExitCode.INTERRUPTED: FailureClass.PREEMPTED,
+    ExitCode.HANG: FailureClass.HANG,
+    ExitCode.GPU_FAULT: FailureClass.GPU_FAULT,
+}
+# What Ray's memory monitor says when it killed a worker; the pod shows nothing then.
+_RAY_OOM = ("running low on memory", "OutOfMemoryError")
+# Classes that may be only the echo of a node's trouble, which Kubernetes saw.
+_ECHOES = (FailureClass.UNKNOWN, FailureClass.WORKER_LOST, FailureClass.USER_CODE)
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Class, message and exit code of a failed attempt."""
+
+    failure_class: FailureClass
+    message: str
+    exit_code: int | None = None
+    remedy: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.failure_class}: {self.message} -> {self.remedy or self.failure_class.failure.remedy}"
+
+
+def classify(seen: Observed, spec: FineTuneSpec, job: RayJob) -> Cause:
+    """The cause of a submission that did not succeed."""
+    told = _told(seen)
+    killed = _oom_killed(seen.evidence)
+    if told is not None and told.failure_class not in _ECHOES:
+        return told
+    if killed is not None:
+        text = f"{killed.pod} on {killed.node} was out of memory ({killed.reason}, exit code {killed.exit_code})"
+        return Cause(FailureClass.HOST_OOM, text, killed.exit_code)
+    words = f"{job.message} {told.message if told else ''}"
+    if any(sign in words for sign in _RAY_OOM):
+        return Cause(FailureClass.HOST_OOM, _last_line(words, _RAY_OOM), job.exit_code)
+    if told is not None:
+        return told
+    if job.error_type and job.error_type.startswith("JOB_SUPERVISOR_ACTOR"):
+        return Cause(FailureClass.HEAD_LOST, f"Ray lost the driver: {job.error_type}", job.exit_code)
+    by_code = _BY_EXIT_CODE.get(ExitCode(job.exit_code)) if job.exit_code in set(ExitCode) else None
+    unknown = FailureClass.USER_CODE if spec.program is not None else FailureClass.UNKNOWN
+    return Cause(by_code or unknown, _tail(job.message) or f"the driver ended as {job.state}", job.exit_code)
+
+
+def report_of(seen: Observed) -> Progress | None:
+    """The trainer's document, if it is about the current attempt."""
+    progress, run = seen.progress, seen.run
+    if isinstance(progress, Progress) and progress.run_uid == run.uid and progress.attempt == run.status.attempt:
+        return progress
+    return None
+
+
+def _told(seen: Observed) -> Cause | None:
+    progress = report_of(seen)
+    if progress is None or progress.failure is None:
+        return None
+    failure = progress.failure
+    return Cause(failure.failure_class, failure.message, failure.exit_code, failure.remedy)
+
+
+def _oom_killed(evidence: tuple[Ended, ...]) -> Ended | None:
+    return next((ended for ended in evidence if ended.reason == "OOMKilled"), None)
+
+
+def _last_line(text: str, signs: tuple[str, ...]) -> str:
+    lines = [line for line in text.splitlines() if any(sign in line for sign in signs)]
+    return (lines or [text])[-1].strip()[:1000]
+
+
+def _tail(message: str) -> str:
+    return message.strip()[-1000:]

@@ -1,0 +1,121 @@
+"""What was seen of one run, as values. "Could not be read" is a value of its own (`Unknown`), never None."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Literal
+
+from dsft_api.problem import Problem
+from dsft_api.progress import Progress
+from dsft_api.spec import FineTuneSpec
+from dsft_api.status import FineTuneStatus
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """A fact that could not be read, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """The resource. `spec` has the admin's defaults; it is None where it cannot be parsed, and `problems` say why."""
+
+    namespace: str
+    name: str
+    uid: str
+    generation: int
+    resource_version: str
+    spec: FineTuneSpec | None
+    status: FineTuneStatus
+    problems: tuple[Problem, ...] = ()
+    deleting: datetime | None = None
+    finalizers: tuple[str, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Our RayCluster, or one that has its name (`owned` False)."""
+
+    name: str
+    uid: str
+    owned: bool
+    deleting: bool = False
+    template_digest: str | None = None
+    suspended: bool = False
+    head_ready: bool = False
+    head_message: str = ""
+    ready_workers: int = 0
+    desired_workers: int = 0
+    head_address: str | None = None
+    problem: str | None = None  # what KubeRay says it cannot do
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a container ended."""
+
+    pod: str
+    role: Literal["head", "worker"]
+    node: str | None
+    reason: str
+    exit_code: int
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Pod:
+    """One Ray pod."""
+
+    name: str
+    role: Literal["head", "worker"]
+    pool: str
+    node: str | None = None
+    ready: bool = False
+    deleting: bool = False
+    unscheduled: str | None = None  # the scheduler's words
+    waiting: tuple[str, str] | None = None  # reason and message of a container that does not start
+    image_id: str | None = None
+    ended: tuple[Ended, ...] = ()
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head whose API answers."""
+
+    session: str
+    ray_version: str
+
+
+@dataclass(frozen=True)
+class RayJob:
+    """A submission, as Ray's Jobs API tells it."""
+
+    submission_id: str
+    state: Literal["PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED"]
+    message: str = ""
+    error_type: str | None = None
+    exit_code: int | None = None
+    ended: datetime | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """No driver is running."""
+        return self.state in ("STOPPED", "SUCCEEDED", "FAILED")
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Everything the decision is made from. None: certainly not there."""
+
+    run: Run
+    cluster: Cluster | Unknown | None = None
+    kuberay_installed: bool = True
+    pods: tuple[Pod, ...] = ()
+    head: Head | Unknown | None = None
+    job: RayJob | Unknown | None = None
+    progress: Progress | Unknown | None = None
+    queue_message: str | None = None
+    evidence: tuple[Ended, ...] = ()  # containers that ended in this attempt, also of pods that are gone

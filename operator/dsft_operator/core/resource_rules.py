@@ -1,0 +1,138 @@
+"""Rules about the resource itself: it is going, refused, unreadable, finished or suspended."""
+
+from datetime import datetime, timedelta
+from typing import Any
+
+from dsft_api.conditions import ConditionType, FailureClass, Phase, Reason
+from dsft_operator.config import OperatorConfig
+from dsft_operator.core import attempts
+from dsft_operator.core.decision import Decision, DeleteCluster, RemoveFinalizer, StopJob
+from dsft_operator.core.failures import Cause, report_of
+from dsft_operator.core.naming import FINALIZER
+from dsft_operator.core.observed import Cluster, Observed, RayJob, Unknown
+from dsft_operator.core.summary import Fact, condition_of, report
+
+# A deleted resource must be let go within a minute, whatever Ray does.
+DELETE_DRAIN_SECONDS = 30
+DELETE_SECONDS = 50
+# Beyond drainSeconds, for Ray to tell that the driver ended.
+STOP_MARGIN_SECONDS = 30
+SOON = 2.0
+
+
+def deleting(seen: Observed, now: datetime, _config: OperatorConfig) -> Decision | None:
+    """The user deleted it: let the driver commit, free the GPUs, let go."""
+    run = seen.run
+    if run.deleting is None:
+        return None
+    if FINALIZER not in run.finalizers:
+        return Decision()
+    waited = (now - run.deleting).total_seconds()
+    cluster = live_cluster(seen)
+    if cluster is not None and waited < DELETE_SECONDS:
+        if driver_runs(seen) and run.status.job is not None and waited < DELETE_DRAIN_SECONDS:
+            return Decision((StopJob(run.status.job.submission_id),), requeue_after=SOON)
+        return Decision((DeleteCluster(cluster.name, cluster.uid),), requeue_after=0)
+    if isinstance(seen.cluster, Unknown) and waited < DELETE_SECONDS:
+        return Decision(requeue_after=SOON)
+    return Decision((RemoveFinalizer(),))
+
+
+def refused(seen: Observed, now: datetime, _config: OperatorConfig) -> Decision | None:
+    """Nothing is created for a spec that cannot be run. A cluster that is there already goes on with what it was told."""
+    run = seen.run
+    if run.spec is not None and (not run.problems or live_cluster(seen) is not None):
+        return None
+    message = "; ".join(map(str, run.problems))
+    unsupported = all(problem.reason is Reason.NOT_SUPPORTED for problem in run.problems)
+    reason = Reason.NOT_SUPPORTED if unsupported else Reason.INVALID
+    return Decision(status=report(run, now, Phase.FAILED, reason, message))
+
+
+def unreadable(seen: Observed, now: datetime, config: OperatorConfig) -> Decision | None:
+    """RayClusters cannot be read: KubeRay is not installed (yet), or the API server did not answer."""
+    run, status = seen.run, seen.run.status
+    if not seen.kuberay_installed and status.completion_time is None:
+        message = "the cluster has no RayCluster API: install KubeRay; the run starts once it is there"
+        fact = Fact(value=False, reason=Reason.KUBERAY_MISSING, message=message)
+        wish = report(run, now, Phase.PENDING, fact.reason, message, {ConditionType.CLUSTER_READY: fact})
+        return Decision(status=wish, requeue_after=config.intervals.queued_seconds)
+    if isinstance(seen.cluster, Unknown):
+        return Decision(requeue_after=config.intervals.provisioning_seconds)
+    return None
+
+
+def name_taken(seen: Observed, now: datetime, config: OperatorConfig) -> Decision | None:
+    """Somebody else's RayCluster has our name: it is left untouched."""
+    if not isinstance(seen.cluster, Cluster) or seen.cluster.owned:
+        return None
+    message = (
+        f"RayCluster {seen.cluster.name} exists and does not belong to this resource; "
+        "remove it, or give this resource another name"
+    )
+    fact = Fact(value=False, reason=Reason.NAME_CONFLICT, message=message)
+    wish = report(seen.run, now, Phase.PENDING, fact.reason, message, {ConditionType.CLUSTER_READY: fact})
+    return Decision(status=wish, requeue_after=config.intervals.queued_seconds)
+
+
+def finished(seen: Observed, now: datetime, _config: OperatorConfig) -> Decision | None:
+    """Succeeded or Failed: only a new retry.token brings a failed run back."""
+    run, status, spec = seen.run, seen.run.status, seen.run.spec
+    if status.completion_time is None or spec is None:
+        return None
+    cluster = live_cluster(seen)
+    succeeded = condition_of(status, ConditionType.SUCCEEDED)
+    has_failed = succeeded is not None and succeeded.status == "False"
+    if has_failed and spec.retry.token not in (None, status.retry_token):
+        message = "retry.token is new: going on from the last commit"
+        changes: dict[str, Any] = {"completion_time": None, "retry_token": spec.retry.token, "retries": 0}
+        wish = report(run, now, Phase.PENDING, Reason.RESTARTING, message, **changes)
+        return Decision(status=wish, requeue_after=0)
+    if cluster is None:
+        return Decision()
+    held = status.completion_time + timedelta(seconds=spec.keep_cluster_seconds)
+    if now < held:
+        return Decision(requeue_after=(held - now).total_seconds())
+    return Decision((DeleteCluster(cluster.name, cluster.uid),), requeue_after=SOON)
+
+
+def suspended(seen: Observed, now: datetime, _config: OperatorConfig) -> Decision | None:
+    """The user wants it to wait: commit, free the nodes."""
+    run, status, spec = seen.run, seen.run.status, seen.run.spec
+    if spec is None or not spec.suspend:
+        return None
+    gone: dict[ConditionType, Fact | None] = {ConditionType.CLUSTER_READY: None, ConditionType.JOB_SUBMITTED: None}
+    if seen.cluster is None:
+        changes = attempts.ended(status, spec, now, _interruption(seen))
+        message = "suspended; set spec.suspend to false to go on from the last commit"
+        return Decision(status=report(run, now, Phase.SUSPENDED, Reason.SUSPENDED, message, gone, job=None, **changes))
+    cluster = live_cluster(seen)
+    since = status.phase_time if status.phase is Phase.SUSPENDING and status.phase_time else now
+    patience = spec.checkpoint.drain_seconds + STOP_MARGIN_SECONDS
+    message = "suspending: the trainer commits, then the nodes are freed"
+    if cluster is not None and driver_runs(seen) and status.job and (now - since).total_seconds() < patience:
+        changes = attempts.followed(status, report_of(seen))
+        wish = report(run, now, Phase.SUSPENDING, Reason.SUSPENDED, message, **changes)
+        return Decision((StopJob(status.job.submission_id),), wish, SOON)
+    changes = attempts.followed(status, report_of(seen)) if attempts.active(status) else {}
+    told = status.model_copy(update=changes)
+    changes |= attempts.ended(told, spec, now, _interruption(seen))
+    wish = report(run, now, Phase.SUSPENDING, Reason.SUSPENDED, message, **changes)
+    actions = () if cluster is None else (DeleteCluster(cluster.name, cluster.uid),)
+    return Decision(actions, wish, SOON)
+
+
+def live_cluster(seen: Observed) -> Cluster | None:
+    """Our RayCluster, unless it is on its way out."""
+    cluster = seen.cluster
+    return cluster if isinstance(cluster, Cluster) and cluster.owned and not cluster.deleting else None
+
+
+def driver_runs(seen: Observed) -> bool:
+    """Whether the current submission may still be doing something."""
+    return isinstance(seen.job, RayJob) and not seen.job.is_over
+
+
+def _interruption(seen: Observed) -> Cause | None:
+    """A suspended attempt did not fail, but for what it had not committed; a stop is exit code 6."""
+    return Cause(FailureClass.PREEMPTED, "suspended by spec.suspend", 6) if attempts.active(seen.run.status) else None

@@ -1,0 +1,123 @@
+"""Kopf as the source of events: the only importer of kopf. A handler does one thing, adding a key to the queue.
+
+Kopf here writes nothing: no annotations, no finalizers, no progress. It ends at errors that a watch should outlive, so it is
+started again, with a pause, for as long as the operator lives.
+"""
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import kopf
+
+from dsft_api import KIND
+from dsft_operator.config import OperatorConfig
+from dsft_operator.core import naming
+from dsft_operator.ports import Key
+from dsft_operator.runtime.workqueue import WorkQueue
+
+log = logging.getLogger(__name__)
+
+RESTART_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
+TOKEN_AGE = timedelta(minutes=10)
+SELECTOR = {naming.GROUP_LABEL: naming.MANAGED_BY}
+Json = Mapping[str, Any]
+
+
+class _EndlessBackoff:
+    """Kopf gives up after the last pause of its list: this list has no last one."""
+
+    def __iter__(self) -> Iterator[float]:
+        yield from (1, 1, 2, 3, 5, 8, 13, 21)
+        while True:
+            yield 30
+
+
+class EventSource:
+    """Feeds a queue from watches, and says how they are."""
+
+    def __init__(self, config: OperatorConfig, queue: WorkQueue, *, with_kuberay: bool) -> None:
+        self._config = config
+        self._queue = queue
+        self._with_kuberay = with_kuberay
+        self.is_watching = False
+
+    async def run(self) -> None:
+        """Watch until cancelled, or until a signal: Kopf takes SIGTERM and SIGINT for itself, and then ends without error."""
+        pauses = iter(RESTART_SECONDS)
+        pause = next(pauses)
+        while True:
+            loop = asyncio.get_running_loop()
+            began = loop.time()
+            self.is_watching = True
+            try:
+                await kopf.operator(
+                    registry=self._registry(),
+                    settings=_settings(),
+                    clusterwide=not self._config.watch_namespaces,
+                    namespaces=self._config.watch_namespaces,
+                    standalone=True,
+                )
+            except Exception:
+                log.exception("the watches failed; starting them again")
+            else:
+                return
+            finally:
+                self.is_watching = False
+            if loop.time() - began > RESTART_SECONDS[-1]:
+                pauses = iter(RESTART_SECONDS)
+            pause = next(pauses, pause)
+            await asyncio.sleep(pause)
+
+    def _registry(self) -> kopf.OperatorRegistry:
+        registry = kopf.OperatorRegistry()
+        kopf.on.login(registry=registry)(_login)
+        queue = self._queue
+
+        @kopf.on.event("dsft.dev", "v1alpha1", "deepspeedfinetunes", registry=registry)
+        async def on_run(namespace: str | None, name: str | None, **_: Any) -> None:
+            if namespace and name:
+                queue.add(Key(namespace, name))
+
+        async def on_part(namespace: str | None, labels: Json, meta: Json, **_: Any) -> None:
+            name = run_name(labels, meta)
+            if namespace and name:
+                queue.add(Key(namespace, name))
+
+        kopf.on.event("pods", labels=SELECTOR, registry=registry)(on_part)
+        if self._with_kuberay:
+            kopf.on.event("ray.io", "v1", "rayclusters", labels=SELECTOR, registry=registry)(on_part)
+        return registry
+
+
+def run_name(labels: Json, meta: Json) -> str | None:
+    """The run that a RayCluster or pod belongs to: by its controller, else by our label."""
+    for owner in meta.get("ownerReferences") or ():
+        if owner.get("controller") and owner.get("kind") == KIND:
+            return owner.get("name")
+    return labels.get(naming.RUN_LABEL)
+
+
+def _login(**kwargs: Any) -> kopf.ConnectionInfo | None:
+    """As a pod, with a token that is read again before it is too old; else by the kubeconfig."""
+    pod = kopf.login_with_service_account(**kwargs)
+    if pod is not None:
+        return dataclasses.replace(pod, expiration=datetime.now(UTC) + TOKEN_AGE)
+    return kopf.login_with_kubeconfig(**kwargs)
+
+
+def _settings() -> kopf.OperatorSettings:
+    settings = kopf.OperatorSettings()
+    settings.scanning.disabled = True
+    settings.peering.standalone = True
+    settings.posting.enabled = False
+    settings.watching.server_timeout = 290
+    settings.watching.client_timeout = 300
+    settings.networking.request_timeout = 30
+    settings.networking.error_backoffs = _EndlessBackoff()  # pyright: ignore[reportAttributeAccessIssue]
+    settings.persistence.finalizer = naming.FINALIZER
+    settings.process.ultimate_exiting_timeout = 25
+    return settings

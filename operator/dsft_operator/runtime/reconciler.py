@@ -1,0 +1,167 @@
+"""One pass over one run: observe, decide, act, write the status. Everything is read anew each time; events are hints.
+
+The order is the safety: an intent is in the status before it is carried out, and each action finds itself when repeated.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from prometheus_client import Counter, Histogram
+
+from dsft_api.conditions import Phase
+from dsft_api.status import FineTuneStatus
+from dsft_operator.config import OperatorConfig
+from dsft_operator.core import decision as do
+from dsft_operator.core.naming import cluster_name
+from dsft_operator.core.observed import Cluster, Ended, Head, Observed, RayJob, Run, Unknown
+from dsft_operator.core.plan import plan
+from dsft_operator.ports import Clock, Conflict, Key, Kube, KubeError, KubeRayMissing, RayJobs
+
+log = logging.getLogger(__name__)
+
+MAX_EVIDENCE = 20
+RECONCILES = Counter("dsft_reconcile_total", "Passes over a run, by how they ended.", ["result"])
+SECONDS = Histogram("dsft_reconcile_duration_seconds", "Duration of a pass over a run.")
+
+
+@dataclass
+class Evidence:
+    """How containers of an attempt ended, kept since KubeRay deletes failed pods at once. Lost with the operator."""
+
+    by_key: dict[Key, tuple[Ended, ...]]
+
+    def add(self, key: Key, ended: tuple[Ended, ...]) -> tuple[Ended, ...]:
+        """All that is known of a run's containers."""
+        if ended:
+            self.by_key[key] = tuple(dict.fromkeys((*self.by_key.get(key, ()), *ended)))[-MAX_EVIDENCE:]
+        return self.by_key.get(key, ())
+
+    def forget(self, key: Key) -> None:
+        """A new attempt begins, or the run is gone."""
+        self.by_key.pop(key, None)
+
+
+class Reconciler:
+    """Takes one run one step further."""
+
+    def __init__(
+        self,
+        kube: Kube,
+        ray: RayJobs,
+        clock: Clock,
+        config: OperatorConfig,
+        decide: Callable[..., do.Decision] = plan,
+    ) -> None:
+        self.evidence = Evidence({})
+        self._kube = kube
+        self._ray = ray
+        self._clock = clock
+        self._config = config
+        self._decide = decide
+
+    async def reconcile(self, key: Key) -> float | None:
+        """One pass; seconds until the next one is wanted, None if only an event should bring it.
+
+        Raises:
+            KubeError: the API server could not be used; try again later.
+        """
+        with SECONDS.time():
+            try:
+                pause = await self._pass(key)
+            except Conflict as conflict:
+                RECONCILES.labels("conflict").inc()
+                log.debug("looking again: %s", conflict)
+                return 0.0
+            except KubeError:
+                RECONCILES.labels("error").inc()
+                raise
+        RECONCILES.labels("ok").inc()
+        return pause
+
+    async def _pass(self, key: Key) -> float | None:
+        run = await self._kube.run(key)
+        if run is None:
+            self.evidence.forget(key)
+            return None
+        seen = await self._observe(key, run)
+        decision = self._decide(seen, self._clock.now(), self._config)
+        version = run.resource_version
+        for action in decision.actions:
+            version = await self._act(key, seen, action) or version
+        if decision.status is not None and decision.status.to_wire() != run.status.to_wire():
+            await self._kube.apply_status(run, decision.status, version)
+            await self._tell(run, decision.status)
+        return decision.requeue_after
+
+    async def _observe(self, key: Key, run: Run) -> Observed:
+        known = run.status.ray_cluster
+        name = known.name if known is not None else cluster_name(run.name, run.uid, 1)
+        try:
+            cluster = await self._kube.cluster(key, name, run.uid)
+        except KubeRayMissing:
+            return Observed(run, kuberay_installed=False)
+        seen = Observed(run, cluster=cluster)
+        if cluster is None or not cluster.owned:
+            return seen
+        pods = await self._kube.pods(key, name)
+        evidence = self.evidence.add(key, tuple(ended for pod in pods for ended in pod.ended))
+        seen = replace(seen, pods=pods, evidence=evidence)
+        # Before our own uid is in the status, the token was not made and nobody could answer.
+        if known is None or known.uid != cluster.uid or run.status.completion_time is not None:
+            return seen
+        return await self._observe_ray(seen, cluster)
+
+    async def _observe_ray(self, seen: Observed, cluster: Cluster) -> Observed:
+        if not cluster.head_ready or cluster.head_address is None:
+            return replace(seen, head=Unknown(cluster.head_message or "the head pod is not ready"))
+        address, token = cluster.head_address, await self._kube.token(cluster.uid)
+        head = await self._ray.head(address, token)
+        seen = replace(seen, head=head)
+        job = seen.run.status.job
+        if not isinstance(head, Head) or job is None:
+            return seen
+        submission = await self._ray.job(address, token, job.submission_id)
+        seen = replace(seen, job=submission)
+        if isinstance(submission, RayJob):
+            seen = replace(seen, progress=await self._ray.progress(address, token))
+        return seen
+
+    async def _act(self, key: Key, seen: Observed, action: do.Action) -> str | None:
+        """Carry an action out; the resource's new version, if it has one."""
+        log.info("action", extra={"action": type(action).__name__})
+        match action:
+            case do.AddFinalizer():
+                return await self._kube.set_finalizer(seen.run, present=True)
+            case do.RemoveFinalizer():
+                return await self._kube.set_finalizer(seen.run, present=False)
+            case do.CreateCluster(manifest) | do.CreateChild(manifest):
+                await self._kube.create(manifest)
+            case do.CreateToken(name, uid):
+                await self._kube.create_token(key, name, uid)
+            case do.DeleteCluster(name, uid):
+                await self._kube.delete_cluster(key, name, uid)
+            case do.SubmitJob() | do.StopJob():
+                await self._ask_ray(seen, action)
+        return None
+
+    async def _ask_ray(self, seen: Observed, action: do.SubmitJob | do.StopJob) -> None:
+        cluster = seen.cluster
+        if not isinstance(cluster, Cluster) or cluster.head_address is None:
+            return
+        token = await self._kube.token(cluster.uid)
+        if isinstance(action, do.SubmitJob):
+            self.evidence.forget(Key(seen.run.namespace, seen.run.name))
+            await self._ray.submit(cluster.head_address, token, action)
+        else:
+            await self._ray.stop(cluster.head_address, token, action.submission_id)
+
+    async def _tell(self, run: Run, status: FineTuneStatus) -> None:
+        """An Event when the phase changes: the message says why. One that cannot be posted is no reason to stop."""
+        if status.phase is run.status.phase or status.phase is None:
+            return
+        kind = "Warning" if status.phase is Phase.FAILED else "Normal"
+        try:
+            await self._kube.event(run, kind, str(status.phase), status.message or str(status.phase))
+        except (Conflict, KubeError) as error:
+            log.debug("event not posted: %s", error)

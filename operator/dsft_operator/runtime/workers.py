@@ -1,0 +1,46 @@
+"""What keeps looking: workers that take keys from the queue, and a resync that puts all of them in again.
+
+The watch is a hint, never the truth: what a watch missed, the next resync repairs.
+"""
+
+import asyncio
+import logging
+import random
+
+from dsft_operator.ports import Key, Kube, KubeError
+from dsft_operator.runtime.logs import about
+from dsft_operator.runtime.reconciler import Reconciler
+from dsft_operator.runtime.workqueue import WorkQueue
+
+log = logging.getLogger(__name__)
+
+PASS_SECONDS = 120.0
+
+
+async def work(queue: WorkQueue, reconciler: Reconciler) -> None:
+    """Take keys and reconcile them, until cancelled. A pass that fails comes back with backoff."""
+    while True:
+        try:
+            async with queue.next() as key, asyncio.timeout(PASS_SECONDS):
+                with about(key):
+                    pause = await reconciler.reconcile(key)
+                if pause is not None:
+                    queue.add_after(key, pause)
+        except KubeError as error:
+            log.warning("%s", error)
+        except Exception:
+            log.exception("a pass failed")
+
+
+async def resync(queue: WorkQueue, kube: Kube, seconds: float, chance: random.Random) -> None:
+    """Put every resource into the queue, now and then, until cancelled."""
+    while True:
+        try:
+            keys: list[Key] = await kube.runs()
+        except KubeError as error:
+            log.warning("resources cannot be listed: %s", error)
+            await asyncio.sleep(min(seconds, 10.0))
+            continue
+        for key in keys:
+            queue.add(key)
+        await asyncio.sleep(seconds * chance.uniform(0.8, 1.2))

@@ -1,0 +1,97 @@
+"""A queue of keys: each key is in it once, and is worked on by one worker at a time.
+
+A key that is added while it is worked on comes back afterwards; one that failed comes back later and later. After
+client-go's workqueue.
+"""
+
+import asyncio
+import contextlib
+import random
+from collections import deque
+from collections.abc import AsyncGenerator
+
+from dsft_operator.ports import Key
+
+FIRST_BACKOFF_SECONDS = 1.0
+MAX_BACKOFF_SECONDS = 300.0
+
+
+class WorkQueue:
+    """Keys to look at, now or at a time. For one event loop."""
+
+    def __init__(self, chance: random.Random | None = None) -> None:
+        self._ready: deque[Key] = deque()
+        self._waiting: set[Key] = set()
+        self._working: set[Key] = set()
+        self._again: set[Key] = set()
+        self._timers: dict[Key, asyncio.TimerHandle] = {}
+        self._failures: dict[Key, int] = {}
+        self._wake = asyncio.Event()
+        self._chance = chance or random.Random()  # noqa: S311  jitter, no secret
+
+    def __len__(self) -> int:
+        return len(self._ready)
+
+    def add(self, key: Key) -> None:
+        """Have a key looked at as soon as possible."""
+        self._cancel(key)
+        if key in self._working:
+            self._again.add(key)
+        elif key not in self._waiting:
+            self._waiting.add(key)
+            self._ready.append(key)
+            self._wake.set()
+
+    def add_after(self, key: Key, seconds: float) -> None:
+        """Have a key looked at in some seconds, unless something brings it sooner. The sooner of two times holds."""
+        if seconds <= 0:
+            self.add(key)
+            return
+        loop = asyncio.get_running_loop()
+        timer = self._timers.get(key)
+        if timer is None or timer.when() > loop.time() + seconds:
+            self._cancel(key)
+            self._timers[key] = loop.call_later(seconds, self.add, key)
+
+    @contextlib.asynccontextmanager
+    async def next(self) -> AsyncGenerator[Key]:
+        """The next key, held until the block is left. A block that raises has the key come back with backoff."""
+        while not self._ready:
+            self._wake.clear()
+            await self._wake.wait()
+        key = self._ready.popleft()
+        self._waiting.discard(key)
+        self._working.add(key)
+        # What was planned for later is planned anew by whoever works on it now.
+        self._cancel(key)
+        try:
+            yield key
+        except Exception:
+            self._release(key)
+            self._retry(key)
+            raise
+        else:
+            self._failures.pop(key, None)
+            self._release(key)
+
+    def forget(self, key: Key) -> None:
+        """The object is gone."""
+        self._cancel(key)
+        self._failures.pop(key, None)
+        self._again.discard(key)
+
+    def _release(self, key: Key) -> None:
+        self._working.discard(key)
+        if key in self._again:
+            self._again.discard(key)
+            self.add(key)
+
+    def _retry(self, key: Key) -> None:
+        count = self._failures[key] = self._failures.get(key, 0) + 1
+        pause = min(MAX_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2 ** min(count - 1, 16))
+        self.add_after(key, pause * self._chance.uniform(0.5, 1.0))
+
+    def _cancel(self, key: Key) -> None:
+        timer = self._timers.pop(key, None)
+        if timer is not None:
+            timer.cancel()

@@ -1,0 +1,337 @@
+"""A small world for the reconciler: an API server with preconditions, KubeRay, and a Ray head that trains, all in memory.
+
+Time moves only by `tick`. It counts what the laws are about: live clusters, drivers, submissions, and steps trained twice.
+"""
+
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from typing import Any
+
+from dsft_api.progress import Progress, TrainerFailure, TrainerPhase
+from dsft_api.status import FineTuneStatus
+from dsft_operator.adapters.reading import run_of
+from dsft_operator.core.decision import SubmitJob
+from dsft_operator.core.naming import FINALIZER, ray_token
+from dsft_operator.core.observed import Cluster, Head, Pod, RayJob, Run, Unknown
+from dsft_operator.ports import Conflict, Key, KubeError, KubeRayMissing, Manifest, RayError
+from dsft_operator.runtime.reconciler import Reconciler
+from tests.unit.operator.situations import CONFIG, NOW, OUTPUT, resource, told
+
+KEY = Key("ml", "chat")
+STEPS = 6
+
+
+class Crash(BaseException):
+    """The operator's process dies here."""
+
+
+@dataclass
+class RayCluster:
+    """A cluster, its head's session, and the drivers there."""
+
+    name: str
+    uid: str
+    manifest: Manifest
+    age: int = 0
+    deleting: bool = False
+    session: int = 1
+    jobs: dict[str, str] = field(default_factory=dict[str, str])
+    has_token: bool = False
+    progress: Progress | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self.age >= 2 and self.has_token and not self.deleting
+
+
+@dataclass
+class World:
+    """Everything but the operator."""
+
+    spec: dict[str, Any] = field(default_factory=dict[str, Any])
+    now: datetime = NOW
+    status: dict[str, Any] = field(default_factory=dict[str, Any])
+    finalizers: list[str] = field(default_factory=list[str])
+    version: int = 1
+    generation: int = 1
+    deleting: datetime | None = None
+    gone: bool = False
+    clusters: dict[str, RayCluster] = field(default_factory=dict[str, RayCluster])
+    made: int = 0
+    submissions: list[str] = field(default_factory=list[str])
+    committed: int = 0
+    calls: int = 0
+    crash_at: tuple[int, bool] | None = None  # the call, and whether its effect happens first
+    kuberay: bool = True
+    api_down: bool = False
+    ray_down: bool = False
+
+    def reconciler(self) -> Reconciler:
+        """A fresh operator process."""
+        return Reconciler(FakeKube(self), FakeRay(self), WorldClock(self), CONFIG)
+
+    # --- time and faults
+
+    def tick(self, seconds: float = 5) -> None:
+        """Let the world move on."""
+        self.now += timedelta(seconds=seconds)
+        for cluster in list(self.clusters.values()):
+            cluster.age += 1
+            if cluster.deleting:
+                del self.clusters[cluster.name]
+                continue
+            for submission, state in cluster.jobs.items():
+                self._drive(cluster, submission, state)
+        self._check_laws()
+
+    def _drive(self, cluster: RayCluster, submission: str, state: str) -> None:
+        attempt = int(submission.rpartition("a")[2])
+        if state == "PENDING":
+            cluster.jobs[submission] = "RUNNING"
+            cluster.progress = told(TrainerPhase.LOADING, attempt)
+        elif state == "RUNNING":
+            self.committed += 1
+            phase = TrainerPhase.SUCCEEDED if self.committed >= STEPS else TrainerPhase.TRAINING
+            cluster.progress = told(phase, attempt, step=self.committed, committed=self.committed)
+            if phase is TrainerPhase.SUCCEEDED:
+                cluster.progress = cluster.progress.model_copy(update={"output": OUTPUT})
+                cluster.jobs[submission] = "SUCCEEDED"
+
+    def _check_laws(self) -> None:
+        live = [cluster for cluster in self.clusters.values() if not cluster.deleting]
+        assert len(live) <= 1, f"{len(live)} live clusters"
+        assert len(self.submissions) == len(set(self.submissions)), f"submitted twice: {self.submissions}"
+        drivers = [job for cluster in live for job, state in cluster.jobs.items() if state in ("PENDING", "RUNNING")]
+        assert len(drivers) <= 1, f"drivers at once: {drivers}"
+
+    def restart_head(self) -> None:
+        """A new session that knows no jobs."""
+        for cluster in self.clusters.values():
+            cluster.session += 1
+            cluster.jobs.clear()
+            cluster.progress = None
+
+    def lose_worker(self) -> None:
+        """The driver fails and says why."""
+        for cluster in self.clusters.values():
+            for submission, state in cluster.jobs.items():
+                if state == "RUNNING":
+                    failure = TrainerFailure(
+                        failure_class="WorkerLost", message="rank 1 is gone", remedy="nothing", exit_code=1
+                    )
+                    attempt = int(submission.rpartition("a")[2])
+                    cluster.jobs[submission] = "FAILED"
+                    cluster.progress = told(
+                        TrainerPhase.FAILED, attempt, step=self.committed, committed=self.committed, failure=failure
+                    )
+
+    def lose_cluster(self) -> None:
+        """Somebody deletes the RayCluster."""
+        for cluster in self.clusters.values():
+            cluster.deleting = True
+
+    def edit(self, **spec: Any) -> None:
+        """The user changes the spec."""
+        self.spec = {**self.spec, **spec}
+        self.version += 1
+        self.generation += 1
+
+    def delete(self) -> None:
+        """The user deletes the resource."""
+        if self.deleting is None and not self.gone:
+            self.deleting = self.now
+            self.version += 1
+            self.gone = not self.finalizers
+
+    # --- how the operator gets at it
+
+    def called(self, *, after: bool) -> None:
+        """Count a call; die before or after its effect where that was planned."""
+        if not after:
+            self.calls += 1
+        if self.crash_at == (self.calls, after):
+            raise Crash
+
+    @property
+    def raw(self) -> dict[str, Any]:
+        extra = {"deletionTimestamp": self.deleting.isoformat()} if self.deleting else {}
+        metadata = {"finalizers": self.finalizers, "resourceVersion": str(self.version), "generation": self.generation}
+        return {**resource(self.spec, **metadata, **extra), "status": self.status}
+
+    @property
+    def seen_status(self) -> FineTuneStatus:
+        return FineTuneStatus.model_validate(self.status)
+
+
+@dataclass
+class WorldClock:
+    """`ports.Clock` on a World."""
+
+    world: World
+
+    def now(self) -> datetime:
+        return self.world.now
+
+
+class FakeKube:
+    """`ports.Kube` on a World."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    async def run(self, key: Key) -> Run | None:
+        self._up()
+        return None if self._world.gone else run_of(self._world.raw, CONFIG)
+
+    async def runs(self) -> list[Key]:
+        return [] if self._world.gone else [KEY]
+
+    async def cluster(self, key: Key, name: str, run_uid: str) -> Cluster | None:
+        self._up()
+        if not self._world.kuberay:
+            raise KubeRayMissing("no API")
+        found = self._world.clusters.get(name)
+        if found is None:
+            return None
+        return Cluster(
+            name=name,
+            uid=found.uid,
+            owned=found.manifest["metadata"]["ownerReferences"][0]["uid"] == run_uid,
+            deleting=found.deleting,
+            template_digest=found.manifest["metadata"]["annotations"]["dsft.dev/template-digest"],
+            head_ready=found.ready,
+            ready_workers=2 if found.ready else 0,
+            desired_workers=2,
+            head_address=name if found.ready else None,
+        )
+
+    async def pods(self, key: Key, cluster: str) -> tuple[Pod, ...]:
+        return ()
+
+    async def create(self, manifest: Manifest) -> None:
+        self._write(lambda: self._create(manifest))
+
+    def _create(self, manifest: Manifest) -> None:
+        name = manifest["metadata"]["name"]
+        if manifest["kind"] == "RayCluster" and name not in self._world.clusters:
+            self._world.made += 1
+            self._world.clusters[name] = RayCluster(name, f"cluster-{self._world.made}", manifest)
+
+    async def create_token(self, key: Key, cluster: str, cluster_uid: str) -> None:
+        def effect() -> None:
+            found = self._world.clusters.get(cluster)
+            if found is not None and found.uid == cluster_uid:
+                found.has_token = True
+
+        self._write(effect)
+
+    async def token(self, cluster_uid: str) -> str:
+        return ray_token(b"root", cluster_uid)
+
+    async def delete_cluster(self, key: Key, name: str, uid: str) -> None:
+        def effect() -> None:
+            found = self._world.clusters.get(name)
+            if found is not None and found.uid == uid:
+                found.deleting = True
+
+        self._write(effect)
+
+    async def set_finalizer(self, run: Run, *, present: bool) -> str:
+        def effect() -> None:
+            self._precondition(run.resource_version)
+            self._world.finalizers = [FINALIZER] if present else []
+            self._world.version += 1
+            self._world.gone = self._world.deleting is not None and not present
+
+        self._write(effect)
+        return str(self._world.version)
+
+    async def apply_status(self, run: Run, status: FineTuneStatus, resource_version: str) -> None:
+        def effect() -> None:
+            self._precondition(resource_version)
+            self._world.status = status.to_wire()
+            self._world.version += 1
+
+        self._write(effect)
+
+    async def event(self, run: Run, kind: str, reason: str, message: str) -> None:
+        return
+
+    def _precondition(self, version: str) -> None:
+        if version != str(self._world.version) or self._world.gone:
+            raise Conflict("the object has been modified")
+
+    def _up(self) -> None:
+        if self._world.api_down:
+            raise KubeError("down")
+
+    def _write(self, effect: Any) -> None:
+        self._up()
+        self._world.called(after=False)
+        effect()
+        self._world.called(after=True)
+
+
+class FakeRay:
+    """`ports.RayJobs` on a World; a cluster's address is its name."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def _at(self, address: str, token: str) -> RayCluster | None:
+        found = self._world.clusters.get(address)
+        if self._world.ray_down or found is None or not found.ready:
+            return None
+        assert token == ray_token(b"root", found.uid)
+        return found
+
+    async def head(self, address: str, token: str) -> Head | Unknown:
+        found = self._at(address, token)
+        return Head(f"{found.uid}-s{found.session}", "2.60.0") if found else Unknown("refused")
+
+    async def job(self, address: str, token: str, submission_id: str) -> RayJob | Unknown | None:
+        found = self._at(address, token)
+        if found is None:
+            return Unknown("refused")
+        state: Any = found.jobs.get(submission_id)
+        return RayJob(submission_id, state) if state else None
+
+    async def submit(self, address: str, token: str, job: SubmitJob) -> None:
+        found = self._at(address, token)
+        if found is None:
+            raise RayError("refused")
+        self._world.called(after=False)
+        if job.submission_id not in found.jobs:
+            self._world.submissions.append(job.submission_id)
+            found.jobs[job.submission_id] = "PENDING"
+        self._world.called(after=True)
+
+    async def stop(self, address: str, token: str, submission_id: str) -> None:
+        found = self._at(address, token)
+        if found is None:
+            raise RayError("refused")
+        self._world.called(after=False)
+        if found.jobs.get(submission_id) in ("PENDING", "RUNNING"):
+            found.jobs[submission_id] = "STOPPED"
+            if found.progress is not None:
+                found.progress = found.progress.model_copy(update={"phase": TrainerPhase.INTERRUPTED})
+        self._world.called(after=True)
+
+    async def progress(self, address: str, token: str) -> Progress | Unknown | None:
+        found = self._at(address, token)
+        return found.progress if found else Unknown("refused")
+
+
+def without_times(status: FineTuneStatus) -> FineTuneStatus:
+    """A status without what the clock and the number of attempts decide."""
+    conditions = tuple(condition.model_copy(update={"last_transition_time": NOW}) for condition in status.conditions)
+    return replace_status(status, conditions=conditions)
+
+
+def replace_status(status: FineTuneStatus, **changes: Any) -> FineTuneStatus:
+    timeless = dict.fromkeys(("start_time", "completion_time", "phase_time"), NOW)
+    attempts = tuple(a.model_copy(update={"start_time": NOW, "end_time": NOW}) for a in status.attempts)
+    return status.model_copy(update={**timeless, "attempts": attempts, "usage": None, **changes})
+
+
+__all__ = ["KEY", "STEPS", "Crash", "World", "replace", "without_times"]

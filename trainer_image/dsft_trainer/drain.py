@@ -1,0 +1,32 @@
+"""Ask the run on this Ray cluster to commit and stop, and wait until it has: the preStop hook of every Ray pod.
+
+Reached through the run's Relay actor. Where there is none, or nothing answers, there is nothing to wait for.
+"""
+
+import os
+import sys
+import time
+
+DRAIN_SECONDS_ENV = "DSFT_DRAIN_SECONDS"
+POLL_SECONDS = 0.5
+ANSWER_SECONDS = 10.0
+
+
+def drain() -> int:
+    """Wait until every run on the cluster ended, DSFT_DRAIN_SECONDS at most; always exit code 0."""
+    import ray
+
+    from dsft_trainer.runtime.ray import NAMESPACE
+
+    deadline = time.monotonic() + float(os.environ.get(DRAIN_SECONDS_ENV, "300"))
+    try:
+        ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+        relays = [ray.get_actor(name) for name in ray.util.list_named_actors()]
+        ray.get([relay.request_drain.remote() for relay in relays], timeout=ANSWER_SECONDS)
+        while relays and time.monotonic() < deadline:
+            relays = [relay for relay in relays if ray.get(relay.outcome.remote(), timeout=ANSWER_SECONDS) is None]
+            time.sleep(POLL_SECONDS)
+    except (ConnectionError, ValueError, ray.exceptions.RayError) as error:
+        # Also the way in which a run's end looks from here: its Relay ends with it.
+        sys.stderr.write(f"nothing to drain: {error}\n")
+    return 0
