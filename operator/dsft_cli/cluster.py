@@ -95,7 +95,7 @@ class ClusterClient:
         )
         if not found.items:
             raise ClusterError(
-                f"the Ray head of {name} is gone ({status.phase}); `kubectl logs` of your log collector may still have it"
+                f"the Ray head of {name} is gone ({status.phase}); look in your log collector"
             )
         pod = found.items[0].metadata.name
         response = self._asked(

@@ -120,7 +120,7 @@ class Watches:
 
 
 def _served(config: OperatorConfig, watches: Watches) -> "_Server":
-    return _Server(application(lambda: True, lambda: watches.are_up), config.http_port)
+    return _Server(application(lambda: watches.are_up), config.http_port)
 
 
 class _Server:

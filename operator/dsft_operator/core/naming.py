@@ -12,7 +12,6 @@ RUN_LABEL = "dsft.dev/run"
 RUN_UID_LABEL = "dsft.dev/run-uid"
 TEMPLATE_ANNOTATION = "dsft.dev/template-digest"
 FINALIZER = "dsft.dev/release-cluster"
-HEAD_GROUP = "headgroup"
 
 
 def cluster_name(name: str, uid: str, incarnation: int) -> str:

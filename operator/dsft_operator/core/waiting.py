@@ -2,7 +2,6 @@
 
 from dsft_api.conditions import FailureClass, Reason
 from dsft_api.spec import FineTuneSpec
-from dsft_operator.core.naming import HEAD_GROUP
 from dsft_operator.core.observed import Cluster, Pod
 from dsft_operator.core.summary import Fact
 
@@ -46,8 +45,3 @@ def _short(spec: FineTuneSpec, cluster: Cluster, pods: tuple[Pod, ...]) -> str:
         if ready < pool.nodes:
             parts.append(f"pool {pool.name} has {ready} of {pool.nodes} pods ready")
     return ", ".join(parts)
-
-
-def pool_of(group: str) -> str:
-    """The pool's name as a user knows it."""
-    return "head" if group == HEAD_GROUP else group

@@ -17,6 +17,7 @@ from dsft_operator.core.naming import cluster_name
 from dsft_operator.core.observed import Cluster, Ended, Head, Observed, RayJob, Run, Unknown
 from dsft_operator.core.plan import plan
 from dsft_operator.ports import Clock, Conflict, Key, Kube, KubeError, KubeRayMissing, RayJobs
+from dsft_operator.runtime.logs import also
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ class Reconciler:
         if run is None:
             self.evidence.forget(key)
             return None
+        also(uid=run.uid, attempt=run.status.attempt)
         seen = await self._observe(key, run)
         decision = self._decide(seen, self._clock.now(), self._config)
         version = run.resource_version

@@ -4,6 +4,7 @@ The watch is a hint, never the truth: what a watch missed, the next resync repai
 """
 
 import asyncio
+import contextlib
 import logging
 import random
 
@@ -20,16 +21,25 @@ PASS_SECONDS = 120.0
 async def work(queue: WorkQueue, reconciler: Reconciler) -> None:
     """Take keys and reconcile them, until cancelled. A pass that fails comes back with backoff."""
     while True:
-        try:
-            async with queue.next() as key, asyncio.timeout(PASS_SECONDS):
-                with about(key):
-                    pause = await reconciler.reconcile(key)
+        # The queue brings a key back whose pass raised; what it raised was logged in the pass, and is no reason to end.
+        with contextlib.suppress(Exception):
+            async with queue.next() as key:
+                pause = await _pass(reconciler, key)
                 if pause is not None:
                     queue.add_after(key, pause)
+
+
+async def _pass(reconciler: Reconciler, key: Key) -> float | None:
+    with about(key):
+        try:
+            async with asyncio.timeout(PASS_SECONDS):
+                return await reconciler.reconcile(key)
         except KubeError as error:
             log.warning("%s", error)
+            raise
         except Exception:
             log.exception("a pass failed")
+            raise
 
 
 async def resync(queue: WorkQueue, kube: Kube, seconds: float, chance: random.Random) -> None:

@@ -74,12 +74,6 @@ class WorkQueue:
             self._failures.pop(key, None)
             self._release(key)
 
-    def forget(self, key: Key) -> None:
-        """The object is gone."""
-        self._cancel(key)
-        self._failures.pop(key, None)
-        self._again.discard(key)
-
     def _release(self, key: Key) -> None:
         self._working.discard(key)
         if key in self._again:

@@ -3,6 +3,8 @@
 Time moves only by `tick`. It counts what the laws are about: live clusters, drivers, submissions, and steps trained twice.
 """
 
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -62,6 +64,8 @@ class World:
     committed: int = 0
     calls: int = 0
     crash_at: tuple[int, bool] | None = None  # the call, and whether its effect happens first
+    # What another operator does while the one at this call stands still.
+    meanwhile: tuple[int, Callable[[], None]] | None = None
     kuberay: bool = True
     api_down: bool = False
     ray_down: bool = False
@@ -149,6 +153,10 @@ class World:
         """Count a call; die before or after its effect where that was planned."""
         if not after:
             self.calls += 1
+        if not after and self.meanwhile is not None and self.meanwhile[0] == self.calls:
+            other, self.meanwhile = threading.Thread(target=self.meanwhile[1]), None
+            other.start()
+            other.join()
         if self.crash_at == (self.calls, after):
             raise Crash
 
