@@ -94,9 +94,7 @@ class ClusterClient:
             )
         )
         if not found.items:
-            raise ClusterError(
-                f"the Ray head of {name} is gone ({status.phase}); look in your log collector"
-            )
+            raise ClusterError(f"the Ray head of {name} is gone ({status.phase}); look in your log collector")
         pod = found.items[0].metadata.name
         response = self._asked(
             lambda: self._core.read_namespaced_pod_log(
