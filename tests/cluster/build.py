@@ -139,6 +139,14 @@ CLUSTER = GoProgram(
     variables=_KUBERNETES_VERSION,
 )
 
+COREDNS = GoProgram(
+    name="coredns",
+    version="1.14.7",
+    sources=HERE / "coredns",
+    module="github.com/coredns/coredns",
+    minutes=1,
+)
+
 
 def kubernetes(*, node: bool = False) -> Path:
     """The binary whose first argument names a component of Kubernetes; with `node`, also those of a node."""
@@ -251,10 +259,11 @@ def main() -> None:
     """Build, or with `--lock` write go.sum anew."""
     parser = argparse.ArgumentParser(prog="python -m tests.cluster.build", description=__doc__)
     parser.add_argument("--node", action="store_true", help="with the components of a node")
-    parser.add_argument("--lock", action="store_true", help="write tests/cluster/kubernetes/go.sum anew instead")
+    parser.add_argument("--lock", action="store_true", help="write the go.sum files anew instead")
     options = parser.parse_args()
     if options.lock:
-        CLUSTER.lock()
+        for program in (CLUSTER, COREDNS):
+            program.lock()
     else:
         print(kubernetes(node=options.node))
 

@@ -10,18 +10,10 @@ from typing import Any
 
 import yaml
 
-from tests.cluster.build import HERE, GoProgram
 from tests.cluster.control_plane import LOOPBACK, ControlPlane
 from tests.cluster.node_layout import ADDRESS, CLUSTER_DOMAIN, FAKE_GPUS, FOLDERS, NODE, PODS
 from tests.cluster.processes import Process, answers, free_ports
 
-COREDNS = GoProgram(
-    name="coredns",
-    version="1.14.7",
-    sources=HERE / "coredns",
-    module="github.com/coredns/coredns",
-    minutes=1,
-)
 _START_SECONDS = 60.0
 
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from tests.cluster.build import kubernetes
+from tests.cluster.build import COREDNS, kubernetes
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.crds import our_crds, raycluster_crd
 from tests.cluster.images import Images, build_and_push, start_registry
 from tests.cluster.kuberay.start import start_kuberay
-from tests.cluster.node import COREDNS, start_node
+from tests.cluster.node import start_node
 from tests.cluster.node_layout import ADDRESS, API_PORT, FOLDERS
 from tests.cluster.node_lock import only_one
 from tests.cluster.node_network import add_network, remove_network
