@@ -1,6 +1,7 @@
 """What the schema accepts but nothing carries out yet (design law 10), and what only a cluster carries out.
 
-Only what the user wrote counts, not defaults. A row is deleted in the change that builds its feature.
+Only what the user wrote counts, not defaults, which the API server writes into every resource. A row is deleted in the
+change that builds its feature.
 """
 
 from collections.abc import Iterator
@@ -96,16 +97,16 @@ def cluster_only(resource: DeepSpeedFineTune) -> tuple[str, ...]:
 
 
 def written(part: ApiModel, path: str, above: Path = ()) -> Iterator[tuple[Path, object]]:
-    """Every place that a path in wire names leads to and that the user gave a value: `nodePools[].name`.
+    """Every place that a path in wire names leads to and that has a value other than its default: `nodePools[].name`.
 
     Raises:
         KeyError: if a model has no such field.
     """
     name, _, rest = path.partition(".")
     wire = name.removesuffix("[]")
-    attribute = {field.alias: attribute for attribute, field in type(part).model_fields.items()}[wire]
+    attribute, field = {field.alias: (attribute, field) for attribute, field in type(part).model_fields.items()}[wire]
     value = getattr(part, attribute)
-    if attribute not in part.model_fields_set or value is None:
+    if attribute not in part.model_fields_set or value is None or value == field.default:
         return
     places = enumerate(value) if name.endswith("[]") else ((None, value),)
     for index, item in places:

@@ -27,9 +27,9 @@ NOT_YET = [
     ({"spec.deepspeed.offload": {"params": "cpu"}}, "spec.deepspeed.offload.params"),
     ({"spec.checkpoint.everyMinutes": 5}, "spec.checkpoint.everyMinutes"),
     ({"spec.checkpoint.interval": "auto"}, "spec.checkpoint.interval"),
-    ({"spec.checkpoint.maxFailures": 3}, "spec.checkpoint.maxFailures"),
+    ({"spec.checkpoint.maxFailures": 5}, "spec.checkpoint.maxFailures"),
     ({"spec.checkpoint.onWorldSizeChange": "convert"}, "spec.checkpoint.onWorldSizeChange"),
-    ({"spec.export.mergeLora": True}, "spec.export.mergeLora"),
+    ({"spec.export.mergeLora": False}, "spec.export.mergeLora"),
     ({"spec.export.pushToHub": {"repoId": "a/b"}}, "spec.export.pushToHub"),
     ({"spec.tracking.mlflow": {"trackingUri": "http://m"}}, "spec.tracking.mlflow"),
     ({"spec.tracking.wandb": {"project": "p"}}, "spec.tracking.wandb"),
@@ -97,3 +97,7 @@ def test_written_paths_carry_their_places(manifest):
     assert list(written(spec, "nodePools[].name")) == [(("nodePools", 0, "name"), "gpu")]
     with pytest.raises(KeyError):
         list(written(spec, "nodePools[].colour"))
+
+
+def test_defaults_that_the_api_server_writes_are_not_refused(manifest):
+    assert parse(manifest({"spec.checkpoint.maxFailures": 3, "spec.export.mergeLora": True}))
