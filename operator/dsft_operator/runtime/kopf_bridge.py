@@ -118,6 +118,7 @@ def _settings() -> kopf.OperatorSettings:
     settings.watching.client_timeout = 300
     settings.networking.request_timeout = 30
     settings.networking.error_backoffs = _EndlessBackoff()  # pyright: ignore[reportAttributeAccessIssue]
-    settings.persistence.finalizer = naming.FINALIZER
+    # Not ours: Kopf takes its finalizer off whatever none of its handlers would block.
+    settings.persistence.finalizer = "dsft.dev/unused"
     settings.process.ultimate_exiting_timeout = 25
     return settings
