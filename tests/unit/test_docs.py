@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from dsft_api.manifest import parse
+from dsft_operator.config import OperatorConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
@@ -21,7 +22,9 @@ def test_the_manifest_in_the_readme_is_the_quickstart() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_manifests_in_the_documents_are_valid(page: Path) -> None:
     for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)):
-        if block.lstrip().startswith("apiVersion"):
+        if block.lstrip().startswith("apiVersion: config.dsft.dev/"):
+            OperatorConfig.model_validate(yaml.safe_load(block))
+        elif block.lstrip().startswith("apiVersion: dsft.dev/"):
             parse(block, f"{page.name}, block {number}")
 
 
