@@ -137,6 +137,9 @@ class Attempt(ApiModel):
 class Usage(ApiModel):
     """What the run used."""
 
+    trained_seconds: float | None = Field(
+        default=None, description="Seconds of all attempts that ended; what spec.deadlines.runSeconds bounds."
+    )
     gpu_seconds: float | None = Field(default=None, description="GPU seconds held.")
     wasted_gpu_seconds: float | None = Field(default=None, description="Of these, on steps that were lost.")
     goodput: float | None = Field(default=None, description="Share of the time that moved the run forward, 0 to 1.")

@@ -42,7 +42,7 @@ WHOLE: dict[str, Any] = {
     ],
     "retries": 1,
     "retryToken": "again",
-    "usage": {"gpuSeconds": 10.5, "wastedGpuSeconds": 0.5, "goodput": 0.95},
+    "usage": {"trainedSeconds": 5.5, "gpuSeconds": 10.5, "wastedGpuSeconds": 0.5, "goodput": 0.95},
     "startTime": TIME,
     "completionTime": TIME,
     "logs": {"uri": "s3://b/p/logs"},

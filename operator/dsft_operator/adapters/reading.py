@@ -1,15 +1,17 @@
 """Kubernetes JSON -> what the core speaks of. Pure, and lenient: an object of a newer schema must not stop the operator."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import ValidationError
+from pydantic.alias_generators import to_camel
 
 from dsft_api.checks import check
 from dsft_api.problem import Problem, field_name
-from dsft_api.resource import DeepSpeedFineTune
-from dsft_api.spec import FineTuneSpec
+from dsft_api.resource import DeepSpeedFineTune, spec_hash
+from dsft_api.spec import IDENTITY_FIELDS, FineTuneSpec
 from dsft_api.status import FineTuneStatus
 from dsft_operator.config import OperatorConfig
 from dsft_operator.core import naming
@@ -26,7 +28,8 @@ _WAITS = ("ContainerCreating", "PodInitializing")
 def run_of(raw: Json, config: OperatorConfig) -> Run:
     """The resource with the admin's defaults, and every problem it has."""
     meta: Json = raw["metadata"]
-    spec, problems = _spec(raw, config)
+    spec, identity, problems = _spec(raw, config)
+    status = _status(raw)
     deleted = meta.get("deletionTimestamp")
     return Run(
         namespace=meta["namespace"],
@@ -35,25 +38,41 @@ def run_of(raw: Json, config: OperatorConfig) -> Run:
         generation=meta.get("generation", 1),
         resource_version=meta["resourceVersion"],
         spec=spec,
-        status=_status(raw),
-        problems=problems,
+        status=status,
+        identity=identity,
+        problems=(*problems, *_thawed(identity, status)),
         deleting=datetime.fromisoformat(deleted) if deleted else None,
         finalizers=tuple(meta.get("finalizers", ())),
         labels=meta.get("labels", {}),
     )
 
 
-def _spec(raw: Json, config: OperatorConfig) -> tuple[FineTuneSpec | None, tuple[Problem, ...]]:
+def _spec(raw: Json, config: OperatorConfig) -> tuple[FineTuneSpec | None, str | None, tuple[Problem, ...]]:
     try:
         resource = DeepSpeedFineTune.model_validate({k: v for k, v in raw.items() if k != "status"})
     except ValidationError as error:
-        return None, tuple(
-            Problem(field_name(tuple(item["loc"])), item["msg"], "correct it and apply the resource again")
-            for item in error.errors(include_url=False, include_input=False)
+        return (
+            None,
+            None,
+            tuple(
+                Problem(field_name(tuple(item["loc"])), item["msg"], "correct it and apply the resource again")
+                for item in error.errors(include_url=False, include_input=False)
+            ),
         )
     given = resource.spec
     problems = (*check(resource), *pod_template_problems(given), *_lacking(given, config))
-    return with_defaults(given, config), problems
+    return with_defaults(given, config), spec_hash(given), problems
+
+
+def _thawed(identity: str | None, status: FineTuneStatus) -> Iterator[Problem]:
+    """What is frozen once the run began changed all the same: CEL cannot see into free-form parts."""
+    if identity is not None and status.attempt and status.spec_hash not in (None, identity):
+        fields = ", ".join(to_camel(name) for name in IDENTITY_FIELDS)
+        yield Problem(
+            "spec",
+            f"its identity ({fields}) is another than the one the run began with",
+            "change it back, or make a new resource",
+        )
 
 
 def with_defaults(spec: FineTuneSpec, config: OperatorConfig) -> FineTuneSpec:
@@ -82,11 +101,26 @@ def _lacking(spec: FineTuneSpec, config: OperatorConfig) -> Iterator[Problem]:
 
 
 def _status(raw: Json) -> FineTuneStatus:
-    try:
-        return FineTuneStatus.model_validate(raw.get("status") or {})
-    except ValidationError:
-        # Somebody else wrote it, or a newer operator: begin from what is there in the world.
-        return FineTuneStatus()
+    """The status without what cannot be read: a newer operator wrote it, or somebody else.
+
+    What is left out is a condition or a number more or less; the attempt and the cluster must not be forgotten for it.
+    """
+    status: dict[str, Any] = copy.deepcopy(raw.get("status") or {})
+    while True:
+        try:
+            return FineTuneStatus.model_validate(status)
+        except ValidationError as error:
+            for name, *place in {item["loc"][:2] for item in error.errors()}:
+                listed = status.get(str(name))
+                if place and isinstance(place[0], int) and isinstance(listed, list):
+                    cast("list[Any]", listed)[place[0]] = None
+                else:
+                    status.pop(str(name), None)
+            status = {name: _present(value) for name, value in status.items()}
+
+
+def _present(value: Any) -> Any:
+    return [item for item in cast("list[Any]", value) if item is not None] if isinstance(value, list) else value
 
 
 def cluster_of(raw: Json, run_uid: str) -> Cluster:

@@ -12,7 +12,7 @@ from dsft_operator.core.cluster_rules import failed
 from dsft_operator.core.decision import Action, Decision, DeleteCluster, StopJob
 from dsft_operator.core.failures import Cause, classify, report_of
 from dsft_operator.core.observed import Head, Observed, RayJob, Unknown
-from dsft_operator.core.resource_rules import SOON, live_cluster
+from dsft_operator.core.resource_rules import SOON, driver_runs, live_cluster
 from dsft_operator.core.submission import submission
 from dsft_operator.core.summary import Fact, condition_of, report
 
@@ -40,9 +40,13 @@ def unsubmitted(seen: Observed, now: datetime, config: OperatorConfig) -> Decisi
 def lost(seen: Observed, now: datetime, config: OperatorConfig) -> Decision | None:
     """The attempt cannot be followed any more: another session, a submission that Ray forgot, nodes taken back."""
     status, cluster = seen.run.status, live_cluster(seen)
-    if attempts.active(status) is None or cluster is None or status.job is None:
+    if attempts.active(status) is None or cluster is None:
         return None
+    if status.job is None:
+        return again(seen, now, Cause(FailureClass.HEAD_LOST, "the status names no submission"))
     if cluster.suspended:
+        if driver_runs(seen) and isinstance(seen.head, Head):
+            return _draining(seen, now)
         return again(seen, now, Cause(FailureClass.PREEMPTED, "the queue took the nodes back"))
     known = status.ray_cluster
     if isinstance(seen.head, Head) and known is not None and seen.head.session != known.session:
@@ -72,13 +76,11 @@ def running(seen: Observed, now: datetime, config: OperatorConfig) -> Decision |
     progress = report_of(seen)
     bound = spec.deadlines.run_seconds
     if bound is not None and attempts.trained_seconds(status, now) >= bound:
-        cause = Cause(FailureClass.RUN_TIMEOUT, f"trained for {bound} s, which is spec.deadlines.runSeconds")
-        decision = failed(seen, now, cause, **attempts.followed(status, progress))
+        decision = failed(seen, now, _overtime(bound), **attempts.followed(status, progress))
         return Decision((StopJob(job.submission_id), *decision.actions), decision.status, decision.requeue_after)
-    phase = progress.phase.phase if progress is not None else Phase.STARTING
-    if phase not in (Phase.STARTING, Phase.RUNNING, Phase.EXPORTING):
-        phase = Phase.RUNNING  # the driver has said its last word and is on its way out
-    wish = report(run, now, phase, _REASONS[phase], _message(progress), _facts(progress), **_told(seen, job, progress))
+    phase, message = _doing(seen, progress)
+    told = _told(seen, job, progress)
+    wish = report(run, now, phase, _REASONS[phase], message, _facts(run.status, told), **told)
     return Decision(status=wish, requeue_after=config.intervals.running_seconds)
 
 
@@ -96,9 +98,8 @@ def over(seen: Observed, now: datetime, _config: OperatorConfig) -> Decision | N
         after = run.status.model_copy(update=told)
         told |= attempts.ended(after, spec, now, None)
         message = f"done: {progress.output.uri}" if progress.output else "done"
-        wish = report(
-            run, now, Phase.SUCCEEDED, Reason.SUCCEEDED, message, _facts(progress), completion_time=now, **told
-        )
+        facts = _facts(run.status, told)
+        wish = report(run, now, Phase.SUCCEEDED, Reason.SUCCEEDED, message, facts, completion_time=now, **told)
         return Decision(status=wish, requeue_after=0)
     return again(seen, now, _cause(seen, job, progress))
 
@@ -137,13 +138,16 @@ _REASONS = {
 
 
 def _intent(seen: Observed, now: datetime, config: OperatorConfig) -> Decision:
-    run, status = seen.run, seen.run.status
-    if run.problems or not isinstance(seen.head, Head):
-        message = "; ".join(map(str, run.problems)) or "the Ray head does not answer yet"
-        return Decision(
-            status=report(run, now, Phase.PENDING, Reason.INVALID if run.problems else Reason.PROVISIONING, message),
-            requeue_after=None if run.problems else SOON,
-        )
+    run, status, spec = seen.run, seen.run.status, seen.run.spec
+    assert isinstance(seen.head, Head), "rule waiting comes first"  # noqa: S101
+    assert spec is not None, "rule refused comes first"  # noqa: S101
+    if driver_runs(seen) and status.job is not None:
+        message = f"waiting until the driver of {status.job.submission_id} has ended"
+        wish = report(run, now, Phase.PENDING, Reason.RESTARTING, message, {ConditionType.CLUSTER_READY: _READY})
+        return Decision((StopJob(status.job.submission_id),), wish, SOON)
+    bound = spec.deadlines.run_seconds
+    if bound is not None and attempts.trained_seconds(status, now) >= bound:
+        return failed(seen, now, _overtime(bound))
     start = attempts.next_start(status, config.intervals.backoff_seconds)
     if start is not None and now < start:
         last = status.attempts[-1]
@@ -152,6 +156,8 @@ def _intent(seen: Observed, now: datetime, config: OperatorConfig) -> Decision:
         return Decision(status=wish, requeue_after=(start - now).total_seconds())
     nodes = tuple(sorted({pod.node for pod in seen.pods if pod.role == "worker" and pod.node}))
     changes = attempts.begun(status, run.uid, seen.head.session, now, nodes)
+    changes["spec_hash"] = status.spec_hash if status.attempt else run.identity
+    changes["retry_token"] = spec.retry.token or status.retry_token
     image = next((pod.image_id for pod in seen.pods if pod.image_id), None)
     changes["resolved"] = (status.resolved or Resolved()).model_copy(update={"image": image})
     facts: dict[ConditionType, Fact | None] = {
@@ -172,24 +178,46 @@ def _told(seen: Observed, job: RayJob | None, progress: Progress | None) -> dict
     return changes
 
 
-def _facts(progress: Progress | None) -> dict[ConditionType, Fact | None]:
-    latest = progress.checkpoints.latest if progress is not None and progress.checkpoints else None
-    facts: dict[ConditionType, Fact | None] = {
+def _facts(status: FineTuneStatus, told: dict[str, Any]) -> dict[ConditionType, Fact | None]:
+    checkpoints = told.get("checkpoints") or status.checkpoints
+    latest = checkpoints.latest if checkpoints is not None else None
+    return {
         ConditionType.CLUSTER_READY: _READY,
         ConditionType.JOB_SUBMITTED: Fact(value=True, reason=Reason.SUBMITTED),
+        ConditionType.CHECKPOINT_AVAILABLE: Fact(value=True, reason=Reason.COMMITTED, message=f"step {latest.step}")
+        if latest
+        else Fact(value=False, reason=Reason.NO_CHECKPOINT),
     }
-    if progress is not None:
-        facts[ConditionType.CHECKPOINT_AVAILABLE] = (
-            Fact(value=True, reason=Reason.COMMITTED, message=f"step {latest.step}")
-            if latest
-            else Fact(value=False, reason=Reason.NO_CHECKPOINT)
-        )
-    return facts
 
 
-def _message(progress: Progress | None) -> str:
+def _doing(seen: Observed, progress: Progress | None) -> tuple[Phase, str]:
+    """Phase and message of a driver that runs. A document that could not be read this time changes nothing."""
+    status = seen.run.status
     if progress is None:
-        return "the driver is starting"
+        phase = status.phase
+        if isinstance(seen.progress, Unknown) and phase is not None and phase in _REASONS and status.message:
+            return phase, status.message
+        return Phase.STARTING, "the driver is starting"
+    phase = progress.phase.phase
+    # Otherwise the driver has said its last word and is on its way out.
+    return phase if phase in _REASONS else Phase.RUNNING, _message(progress)
+
+
+def _draining(seen: Observed, now: datetime) -> Decision:
+    """The queue takes the nodes back, and the pods are still committing: hear them to the end."""
+    progress = report_of(seen)
+    message = "the queue takes the nodes back: the trainer commits, and goes on once they are granted again"
+    told = attempts.followed(seen.run.status, progress)
+    return Decision(
+        status=report(seen.run, now, Phase.SUSPENDING, FailureClass.PREEMPTED, message, **told), requeue_after=SOON
+    )
+
+
+def _overtime(bound: int) -> Cause:
+    return Cause(FailureClass.RUN_TIMEOUT, f"trained for {bound} s, which is spec.deadlines.runSeconds")
+
+
+def _message(progress: Progress) -> str:
     if progress.phase.phase is Phase.RUNNING and progress.progress is not None:
         return f"step {progress.progress.step} of {progress.progress.total_steps}"
     return progress.message or str(progress.phase)

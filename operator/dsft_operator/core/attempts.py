@@ -3,6 +3,7 @@
 from datetime import datetime, timedelta
 from typing import Any
 
+from dsft_api.conditions import FailureClass
 from dsft_api.progress import Progress
 from dsft_api.spec import FineTuneSpec
 from dsft_api.status import Attempt, FineTuneStatus, JobStatus, RayClusterStatus, Usage
@@ -10,6 +11,8 @@ from dsft_operator.core.failures import Cause
 from dsft_operator.core.naming import submission_id
 
 MAX_ATTEMPTS = 20
+# The status has one object's room: a thousand nodes in twenty attempts would burst it.
+MAX_NODES = 64
 MAX_BACKOFF_SECONDS = 300.0
 
 
@@ -23,7 +26,14 @@ def begun(status: FineTuneStatus, uid: str, session: str, now: datetime, nodes: 
     """Changes of status that state the next attempt's intent: its number, submission id and session."""
     number = (status.attempt or 0) + 1
     cluster = status.ray_cluster or RayClusterStatus(name="")
-    attempt = Attempt(number=number, incarnation=cluster.incarnation, start_time=now, nodes=nodes)
+    attempt = Attempt(
+        number=number,
+        incarnation=cluster.incarnation,
+        start_time=now,
+        # Until the trainer tells: what it starts from counts as no progress, even if it never says a word.
+        from_step=_committed(status),
+        nodes=nodes[:MAX_NODES],
+    )
     return {
         "attempt": number,
         "attempts": (*status.attempts, attempt)[-MAX_ATTEMPTS:],
@@ -37,12 +47,17 @@ def followed(status: FineTuneStatus, progress: Progress | None) -> dict[str, Any
     """Changes of status that the trainer's document brings."""
     if progress is None:
         return {}
-    latest = progress.progress.step if progress.progress else None
-    last = status.attempts[-1].model_copy(update={"from_step": progress.from_step, "to_step": latest})
+    steps: dict[str, Any] = {"to_step": progress.progress.step} if progress.progress else {}
+    if progress.group == 1:
+        # Later groups of the attempt start from what it committed itself. A driver that died early names no step.
+        steps["from_step"] = max(progress.from_step, status.attempts[-1].from_step)
+    last = status.attempts[-1].model_copy(update=steps)
+    told = progress.checkpoints
     changes = {
         "progress": progress.progress,
         "evaluation": progress.evaluation,
-        "checkpoints": progress.checkpoints,
+        # A trainer that has not listed the commits yet does not unmake them.
+        "checkpoints": told if told is not None and told.latest is not None else None,
         "output": progress.output,
     }
     return {name: value for name, value in changes.items() if value is not None} | {
@@ -50,35 +65,43 @@ def followed(status: FineTuneStatus, progress: Progress | None) -> dict[str, Any
     }
 
 
-def ended(status: FineTuneStatus, spec: FineTuneSpec | None, now: datetime, cause: Cause | None) -> dict[str, Any]:
+def ended(
+    status: FineTuneStatus, spec: FineTuneSpec | None, now: datetime, cause: Cause | None, *, counted: bool = True
+) -> dict[str, Any]:
     """Changes of status that close the active attempt, and count it if it failed without a new commit."""
     last = active(status)
     if last is None:
         return {}
+    end = max(now, last.start_time)
     closed = last.model_copy(
         update={
-            "end_time": now,
+            "end_time": end,
             "failure_class": cause.failure_class if cause else None,
             "exit_code": cause.exit_code if cause else 0,
             "message": str(cause)[:1024] if cause else None,
         }
     )
     attempts = (*status.attempts[:-1], closed)
-    committed = status.checkpoints.latest.step if status.checkpoints and status.checkpoints.latest else 0
-    retries = 0 if cause is None or committed > last.from_step else (status.retries or 0) + 1
-    gpus = spec.gpus if spec is not None else 0
-    held = (status.usage.gpu_seconds if status.usage else None) or 0.0
-    used = held + gpus * (now - last.start_time).total_seconds()
-    return {
-        "attempts": attempts,
-        "retries": retries,
-        "usage": Usage(gpu_seconds=round(used, 1)) if gpus else status.usage,
-    }
+    before = status.retries or 0
+    retries = 0 if cause is None or _committed(status) > last.from_step else before + counted
+    usage = status.usage or Usage()
+    seconds = (end - last.start_time).total_seconds()
+    used: dict[str, Any] = {"trained_seconds": round((usage.trained_seconds or 0.0) + seconds, 1)}
+    if spec is not None and spec.gpus:
+        used["gpu_seconds"] = round((usage.gpu_seconds or 0.0) + spec.gpus * seconds, 1)
+    return {"attempts": attempts, "retries": retries, "usage": usage.model_copy(update=used)}
+
+
+def lost(status: FineTuneStatus, spec: FineTuneSpec | None, now: datetime, message: str) -> dict[str, Any]:
+    """Changes of status where the RayCluster is gone, and the attempt and its submission with it."""
+    return ended(status, spec, now, Cause(FailureClass.HEAD_LOST, message)) | {"job": None}
 
 
 def trained_seconds(status: FineTuneStatus, now: datetime) -> float:
-    """Seconds of all attempts so far."""
-    return sum(((attempt.end_time or now) - attempt.start_time).total_seconds() for attempt in status.attempts)
+    """Seconds of all attempts so far, also of those that `status.attempts` has forgotten."""
+    current = active(status)
+    running = max(0.0, (now - current.start_time).total_seconds()) if current is not None else 0.0
+    return ((status.usage.trained_seconds if status.usage else None) or 0.0) + running
 
 
 def next_start(status: FineTuneStatus, backoff_seconds: float) -> datetime | None:
@@ -88,3 +111,7 @@ def next_start(status: FineTuneStatus, backoff_seconds: float) -> datetime | Non
         return None
     doubled = backoff_seconds * 2 ** min(10, max(0, (status.retries or 1) - 1))
     return last.end_time + timedelta(seconds=min(MAX_BACKOFF_SECONDS, doubled))
+
+
+def _committed(status: FineTuneStatus) -> int:
+    return status.checkpoints.latest.step if status.checkpoints and status.checkpoints.latest else 0

@@ -5,7 +5,6 @@ from typing import Any
 
 from dsft_api.conditions import ConditionType, FailureClass, Phase, Reason
 from dsft_api.job import CONTRACT
-from dsft_api.resource import spec_hash
 from dsft_api.spec import FineTuneSpec
 from dsft_api.status import FineTuneStatus, RayClusterStatus, Resolved
 from dsft_operator.config import OperatorConfig
@@ -36,7 +35,7 @@ def missing(seen: Observed, now: datetime, config: OperatorConfig) -> Decision |
     if known is not None and known.uid is not None:
         number = known.incarnation + 1
         name = naming.cluster_name(run.name, run.uid, number)
-        changes = _lost(status, spec, now, "the RayCluster is gone")
+        changes = attempts.lost(status, spec, now, "the RayCluster is gone")
         changes["ray_cluster"] = RayClusterStatus(name=name, incarnation=number)
         message = f"making RayCluster {name}"
         return Decision(
@@ -63,7 +62,7 @@ def going(seen: Observed, now: datetime, _config: OperatorConfig) -> Decision | 
     """A RayCluster of ours is being deleted: its attempt is over, and the next cluster waits for its pods to go."""
     if not isinstance(seen.cluster, Cluster) or not seen.cluster.deleting:
         return None
-    changes = _lost(seen.run.status, _spec(seen), now, "the RayCluster was deleted")
+    changes = attempts.lost(seen.run.status, _spec(seen), now, "the RayCluster was deleted")
     message = f"waiting until RayCluster {seen.cluster.name} is gone"
     return Decision(
         status=report(seen.run, now, Phase.PENDING, Reason.RESTARTING, message, _NO_CLUSTER, **changes),
@@ -163,10 +162,6 @@ def failed(seen: Observed, now: datetime, cause: Cause, **changes: Any) -> Decis
     return Decision(status=wish, requeue_after=0)
 
 
-def _lost(status: FineTuneStatus, spec: FineTuneSpec, now: datetime, message: str) -> dict[str, Any]:
-    return attempts.ended(status, spec, now, Cause(FailureClass.HEAD_LOST, message)) | {"job": None}
-
-
 def _named(seen: Observed, cluster: Cluster) -> RayClusterStatus:
     known = seen.run.status.ray_cluster
     return RayClusterStatus(name=cluster.name, uid=cluster.uid, incarnation=known.incarnation if known else 1)
@@ -182,7 +177,7 @@ def _pinned(seen: Observed, spec: FineTuneSpec) -> dict[str, Any]:
     before = status.resolved or Resolved()
     prefix = storage_prefix(seen.run, spec)
     return {
-        "spec_hash": status.spec_hash or spec_hash(spec),
+        "spec_hash": status.spec_hash if status.attempt else seen.run.identity,
         "resolved": before.model_copy(update={"contract": CONTRACT, "storage_prefix": prefix}),
         "retry_token": status.retry_token or spec.retry.token,
     }

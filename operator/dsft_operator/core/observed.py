@@ -20,7 +20,10 @@ class Unknown:
 
 @dataclass(frozen=True)
 class Run:
-    """The resource. `spec` has the admin's defaults; it is None where it cannot be parsed, and `problems` say why."""
+    """The resource. `spec` has the admin's defaults; it is None where it cannot be parsed, and `problems` say why.
+
+    `identity` is the digest of the frozen part as the user wrote it: the admin's defaults may move under a run.
+    """
 
     namespace: str
     name: str
@@ -29,6 +32,7 @@ class Run:
     resource_version: str
     spec: FineTuneSpec | None
     status: FineTuneStatus
+    identity: str | None = None
     problems: tuple[Problem, ...] = ()
     deleting: datetime | None = None
     finalizers: tuple[str, ...] = ()

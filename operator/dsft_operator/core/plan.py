@@ -15,11 +15,11 @@ Rule = Callable[[Observed, datetime, OperatorConfig], Decision | None]
 
 RULES: tuple[Rule, ...] = (
     resource_rules.deleting,  # drain, remove the cluster, let go
-    resource_rules.refused,  # the spec or the admin's policy says no: nothing is created
-    resource_rules.unreadable,  # the API server or KubeRay's API cannot be asked
-    resource_rules.name_taken,  # a RayCluster of that name that is not ours
     resource_rules.finished,  # keep the status, free the GPUs, perhaps hold the cluster
+    resource_rules.refused,  # the spec or the admin's policy says no: nothing is created, what runs goes on
+    resource_rules.unreadable,  # the API server or KubeRay's API cannot be asked
     resource_rules.suspended,
+    resource_rules.name_taken,  # a RayCluster of that name that is not ours
     cluster_rules.missing,  # create it (queued: suspended)
     cluster_rules.going,  # wait until the old one is gone
     cluster_rules.outdated,  # other pods are wanted now: make another

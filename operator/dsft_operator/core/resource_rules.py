@@ -10,7 +10,7 @@ from dsft_operator.core.decision import Decision, DeleteCluster, RemoveFinalizer
 from dsft_operator.core.failures import Cause, report_of
 from dsft_operator.core.naming import FINALIZER
 from dsft_operator.core.observed import Cluster, Observed, RayJob, Unknown
-from dsft_operator.core.summary import Fact, condition_of, report
+from dsft_operator.core.summary import MAX_MESSAGE, Fact, acknowledged, condition_of, report
 
 # A deleted resource must be let go within a minute, whatever Ray does.
 DELETE_DRAIN_SECONDS = 30
@@ -38,72 +38,74 @@ def deleting(seen: Observed, now: datetime, _config: OperatorConfig) -> Decision
     return Decision((RemoveFinalizer(),))
 
 
-def refused(seen: Observed, now: datetime, _config: OperatorConfig) -> Decision | None:
-    """Nothing is created for a spec that cannot be run. A cluster that is there already goes on with what it was told."""
-    run = seen.run
-    if run.spec is not None and (not run.problems or live_cluster(seen) is not None):
+def finished(seen: Observed, now: datetime, _config: OperatorConfig) -> Decision | None:
+    """Succeeded or Failed: only a new retry.token brings a failed run back. What is edited now changes nothing else."""
+    run, status, spec = seen.run, seen.run.status, seen.run.spec
+    if status.completion_time is None:
         return None
+    succeeded = condition_of(status, ConditionType.SUCCEEDED)
+    has_failed = succeeded is not None and succeeded.status == "False"
+    if spec is not None and has_failed and not run.problems and spec.retry.token not in (None, status.retry_token):
+        message = "retry.token is new: going on from the last commit"
+        changes: dict[str, Any] = {"completion_time": None, "retry_token": spec.retry.token, "retries": 0}
+        wish = report(run, now, Phase.PENDING, Reason.RESTARTING, message, **changes)
+        return Decision(status=wish, requeue_after=0)
+    judged = acknowledged(run, now)
+    wish = judged if judged != status else None
+    cluster = live_cluster(seen)
+    if cluster is None:
+        return Decision(status=wish)
+    held = status.completion_time + timedelta(seconds=spec.keep_cluster_seconds if spec is not None else 0)
+    if now < held:
+        return Decision(status=wish, requeue_after=(held - now).total_seconds())
+    return Decision((DeleteCluster(cluster.name, cluster.uid),), wish, SOON)
+
+
+def refused(seen: Observed, now: datetime, config: OperatorConfig) -> Decision | None:
+    """Nothing is created for a spec that cannot be run; an attempt that runs already goes on with what it was told."""
+    run, cluster = seen.run, live_cluster(seen)
+    if run.spec is not None and not run.problems:
+        return None
+    if isinstance(seen.cluster, Unknown):
+        return Decision(requeue_after=config.intervals.provisioning_seconds)
     message = "; ".join(map(str, run.problems))
+    if cluster is not None and attempts.active(run.status) is not None:
+        if run.spec is not None:
+            return None
+        words = f"the spec cannot be read, and what runs is left alone: {message}"
+        return Decision(
+            status=acknowledged(run, now, message=words[:MAX_MESSAGE]), requeue_after=config.intervals.queued_seconds
+        )
     unsupported = all(problem.reason is Reason.NOT_SUPPORTED for problem in run.problems)
     reason = Reason.NOT_SUPPORTED if unsupported else Reason.INVALID
-    return Decision(status=report(run, now, Phase.FAILED, reason, message))
+    changes = attempts.lost(run.status, run.spec, now, "the RayCluster is gone")
+    actions = () if cluster is None else (DeleteCluster(cluster.name, cluster.uid),)
+    wish = report(run, now, Phase.FAILED, reason, message, **changes)
+    return Decision(actions, wish, None if seen.cluster is None else SOON)
 
 
 def unreadable(seen: Observed, now: datetime, config: OperatorConfig) -> Decision | None:
     """RayClusters cannot be read: KubeRay is not installed (yet), or the API server did not answer."""
-    run, status = seen.run, seen.run.status
-    if not seen.kuberay_installed and status.completion_time is None:
+    run, spec = seen.run, seen.run.spec
+    if not seen.kuberay_installed and spec is not None and not spec.suspend:
         message = "the cluster has no RayCluster API: install KubeRay; the run starts once it is there"
         fact = Fact(value=False, reason=Reason.KUBERAY_MISSING, message=message)
-        wish = report(run, now, Phase.PENDING, fact.reason, message, {ConditionType.CLUSTER_READY: fact})
+        changes = attempts.lost(run.status, spec, now, "KubeRay's API is gone, and the RayCluster with it")
+        wish = report(run, now, Phase.PENDING, fact.reason, message, {ConditionType.CLUSTER_READY: fact}, **changes)
         return Decision(status=wish, requeue_after=config.intervals.queued_seconds)
     if isinstance(seen.cluster, Unknown):
         return Decision(requeue_after=config.intervals.provisioning_seconds)
     return None
 
 
-def name_taken(seen: Observed, now: datetime, config: OperatorConfig) -> Decision | None:
-    """Somebody else's RayCluster has our name: it is left untouched."""
-    if not isinstance(seen.cluster, Cluster) or seen.cluster.owned:
-        return None
-    message = (
-        f"RayCluster {seen.cluster.name} exists and does not belong to this resource; "
-        "remove it, or give this resource another name"
-    )
-    fact = Fact(value=False, reason=Reason.NAME_CONFLICT, message=message)
-    wish = report(seen.run, now, Phase.PENDING, fact.reason, message, {ConditionType.CLUSTER_READY: fact})
-    return Decision(status=wish, requeue_after=config.intervals.queued_seconds)
-
-
-def finished(seen: Observed, now: datetime, _config: OperatorConfig) -> Decision | None:
-    """Succeeded or Failed: only a new retry.token brings a failed run back."""
-    run, status, spec = seen.run, seen.run.status, seen.run.spec
-    if status.completion_time is None or spec is None:
-        return None
-    cluster = live_cluster(seen)
-    succeeded = condition_of(status, ConditionType.SUCCEEDED)
-    has_failed = succeeded is not None and succeeded.status == "False"
-    if has_failed and spec.retry.token not in (None, status.retry_token):
-        message = "retry.token is new: going on from the last commit"
-        changes: dict[str, Any] = {"completion_time": None, "retry_token": spec.retry.token, "retries": 0}
-        wish = report(run, now, Phase.PENDING, Reason.RESTARTING, message, **changes)
-        return Decision(status=wish, requeue_after=0)
-    if cluster is None:
-        return Decision()
-    held = status.completion_time + timedelta(seconds=spec.keep_cluster_seconds)
-    if now < held:
-        return Decision(requeue_after=(held - now).total_seconds())
-    return Decision((DeleteCluster(cluster.name, cluster.uid),), requeue_after=SOON)
-
-
 def suspended(seen: Observed, now: datetime, _config: OperatorConfig) -> Decision | None:
-    """The user wants it to wait: commit, free the nodes."""
+    """The user wants it to wait: commit, free the nodes. One that just ended by itself has its end."""
     run, status, spec = seen.run, seen.run.status, seen.run.spec
-    if spec is None or not spec.suspend:
+    if spec is None or not spec.suspend or _driver_succeeded(seen):
         return None
     gone: dict[ConditionType, Fact | None] = {ConditionType.CLUSTER_READY: None, ConditionType.JOB_SUBMITTED: None}
-    if seen.cluster is None:
-        changes = attempts.ended(status, spec, now, _interruption(seen))
+    if not _is_ours(seen):
+        changes = attempts.ended(status, spec, now, _interruption(seen), counted=False)
         message = "suspended; set spec.suspend to false to go on from the last commit"
         return Decision(status=report(run, now, Phase.SUSPENDED, Reason.SUSPENDED, message, gone, job=None, **changes))
     cluster = live_cluster(seen)
@@ -116,10 +118,24 @@ def suspended(seen: Observed, now: datetime, _config: OperatorConfig) -> Decisio
         return Decision((StopJob(status.job.submission_id),), wish, SOON)
     changes = attempts.followed(status, report_of(seen)) if attempts.active(status) else {}
     told = status.model_copy(update=changes)
-    changes |= attempts.ended(told, spec, now, _interruption(seen))
+    changes |= attempts.ended(told, spec, now, _interruption(seen), counted=False)
     wish = report(run, now, Phase.SUSPENDING, Reason.SUSPENDED, message, **changes)
     actions = () if cluster is None else (DeleteCluster(cluster.name, cluster.uid),)
     return Decision(actions, wish, SOON)
+
+
+def name_taken(seen: Observed, now: datetime, config: OperatorConfig) -> Decision | None:
+    """Somebody else's RayCluster has our name: it is left untouched."""
+    if not isinstance(seen.cluster, Cluster) or seen.cluster.owned:
+        return None
+    message = (
+        f"RayCluster {seen.cluster.name} exists and does not belong to this resource; "
+        "remove it, or give this resource another name"
+    )
+    fact = Fact(value=False, reason=Reason.NAME_CONFLICT, message=message)
+    changes = attempts.lost(seen.run.status, seen.run.spec, now, "the RayCluster is gone")
+    wish = report(seen.run, now, Phase.PENDING, fact.reason, message, {ConditionType.CLUSTER_READY: fact}, **changes)
+    return Decision(status=wish, requeue_after=config.intervals.queued_seconds)
 
 
 def live_cluster(seen: Observed) -> Cluster | None:
@@ -129,8 +145,17 @@ def live_cluster(seen: Observed) -> Cluster | None:
 
 
 def driver_runs(seen: Observed) -> bool:
-    """Whether the current submission may still be doing something."""
+    """Whether the last submission may still be doing something."""
     return isinstance(seen.job, RayJob) and not seen.job.is_over
+
+
+def _driver_succeeded(seen: Observed) -> bool:
+    is_current = live_cluster(seen) is not None and attempts.active(seen.run.status) is not None
+    return is_current and isinstance(seen.job, RayJob) and seen.job.state == "SUCCEEDED"
+
+
+def _is_ours(seen: Observed) -> bool:
+    return isinstance(seen.cluster, Cluster) and seen.cluster.owned
 
 
 def _interruption(seen: Observed) -> Cause | None:

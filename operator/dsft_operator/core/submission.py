@@ -21,7 +21,7 @@ def submission(run: Run, spec: FineTuneSpec, attempt: int, storage_prefix: str) 
         run=RunRef(namespace=run.namespace, name=run.name, uid=run.uid),
         attempt=attempt,
         spec=spec,
-        spec_hash=spec_hash(spec),
+        spec_hash=run.status.spec_hash or run.identity or spec_hash(spec),
         storage_prefix=storage_prefix,
         ranks=ranks(spec),
     )

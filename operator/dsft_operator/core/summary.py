@@ -81,6 +81,16 @@ def report(
     )
 
 
+def acknowledged(run: Run, now: datetime, **changes: Any) -> FineTuneStatus:
+    """The status as it is, for this generation: only whether the spec is accepted is judged anew."""
+    old = run.status
+    before = condition_of(old, ConditionType.ACCEPTED)
+    accepted = _condition(before, ConditionType.ACCEPTED, _accepted(run), now, run.generation)
+    kept = {condition.type: condition for condition in old.conditions} | {ConditionType.ACCEPTED: accepted}
+    conditions = tuple(kept[kind] for kind in ConditionType if kind in kept)
+    return old.model_copy(update={"observed_generation": run.generation, "conditions": conditions, **changes})
+
+
 def condition_of(status: FineTuneStatus, kind: ConditionType) -> Condition | None:
     """The condition of a type, if it was ever stated."""
     return next((condition for condition in status.conditions if condition.type == kind), None)

@@ -1,0 +1,340 @@
+"""The decision where two things happen at once, or where something is not as it should be."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from dsft_api.conditions import ConditionType, FailureClass, Phase
+from dsft_api.progress import Progress, TrainerFailure, TrainerPhase
+from dsft_api.status import Attempt, CheckpointRef, Checkpoints, FineTuneStatus
+from dsft_operator.core.decision import Decision
+from dsft_operator.core.observed import Head, Observed, Unknown
+from dsft_operator.core.plan import plan
+from dsft_operator.core.summary import condition_of
+from tests.unit.operator.situations import (
+    CONFIG,
+    NOW,
+    OUTPUT,
+    after,
+    begin,
+    cluster,
+    job,
+    names,
+    submitted,
+    told,
+    whole,
+)
+
+SUSPEND = {"suspend": True}
+REFUSED = {"startFrom": {"run": "old"}}
+
+
+def edited(seen: Observed, spec: dict[str, Any], generation: int = 2) -> Observed:
+    """The user changed the spec."""
+    run = begin(spec).run
+    return replace(seen, run=replace(seen.run, spec=run.spec, problems=run.problems, generation=generation))
+
+
+def unreadable_spec(seen: Observed) -> Observed:
+    """The spec has a value that this operator does not know."""
+    return edited(seen, {"execution": {"device": "tpu"}})
+
+
+def done() -> Observed:
+    """The run has succeeded, and its cluster is gone."""
+    seen = replace(submitted(), job=job("SUCCEEDED"), progress=told(TrainerPhase.SUCCEEDED, output=OUTPUT))
+    return replace(after(seen)[0], cluster=None, job=None, progress=None, head=None)
+
+
+def failed() -> Observed:
+    failure = TrainerFailure(failure_class=FailureClass.DATA_INVALID, message="bad", remedy="mend", exit_code=2)
+    seen = replace(submitted(), job=job("FAILED"), progress=told(TrainerPhase.FAILED, failure=failure))
+    return replace(after(seen)[0], cluster=None, job=None, progress=None, head=None)
+
+
+def foreign() -> Any:
+    return cluster(begin(), owned=False)
+
+
+# situation, what is done, phase, reason of Ready, status of Accepted
+SITUATIONS: dict[str, tuple[Callable[[], Observed], list[str], Phase | None, str | None, str]] = {
+    "an edit of a finished run that is refused": (
+        lambda: edited(done(), REFUSED),
+        [],
+        Phase.SUCCEEDED,
+        "Succeeded",
+        "False",
+    ),
+    "an edit of a failed run that is refused": (
+        lambda: edited(failed(), REFUSED),
+        [],
+        Phase.FAILED,
+        "DataInvalid",
+        "False",
+    ),
+    "a new token beside an edit that is refused": (
+        lambda: edited(failed(), {**REFUSED, "retry": {"token": "2"}}),
+        [],
+        Phase.FAILED,
+        "DataInvalid",
+        "False",
+    ),
+    "a finished run, and a foreign cluster of its name": (
+        lambda: replace(edited(done(), {}), cluster=foreign()),
+        [],
+        Phase.SUCCEEDED,
+        "Succeeded",
+        "True",
+    ),
+    "a spec that cannot be read while it runs": (
+        lambda: unreadable_spec(submitted()),
+        [],
+        Phase.STARTING,
+        "Starting",
+        "False",
+    ),
+    "a spec that cannot be read, and nothing runs": (
+        lambda: unreadable_spec(whole()),
+        ["DeleteCluster"],
+        Phase.FAILED,
+        "Invalid",
+        "False",
+    ),
+    "an edit that is refused between two attempts": (
+        lambda: edited(whole(), REFUSED),
+        ["DeleteCluster"],
+        Phase.FAILED,
+        "NotSupported",
+        "False",
+    ),
+    "an edit that is refused, and the cluster goes": (
+        lambda: replace(edited(submitted(), REFUSED), cluster=None, job=None),
+        [],
+        Phase.FAILED,
+        "NotSupported",
+        "False",
+    ),
+    "an edit that is refused while the API server does not answer": (
+        lambda: replace(edited(submitted(), REFUSED), cluster=Unknown("500")),
+        [],
+        None,
+        None,
+        "",
+    ),
+    "suspended without KubeRay": (
+        lambda: replace(begin(SUSPEND), kuberay_installed=False),
+        [],
+        Phase.SUSPENDED,
+        "Suspended",
+        "True",
+    ),
+    "suspended beside a foreign cluster": (
+        lambda: replace(begin(SUSPEND), cluster=foreign()),
+        [],
+        Phase.SUSPENDED,
+        "Suspended",
+        "True",
+    ),
+    "suspended just when it succeeded": (
+        lambda: replace(
+            edited(submitted(), SUSPEND), job=job("SUCCEEDED"), progress=told(TrainerPhase.SUCCEEDED, output=OUTPUT)
+        ),
+        [],
+        Phase.SUCCEEDED,
+        "Succeeded",
+        "True",
+    ),
+    "KubeRay is removed while it runs": (
+        lambda: replace(submitted(), cluster=None, kuberay_installed=False, head=None, job=None),
+        [],
+        Phase.PENDING,
+        "KubeRayMissing",
+        "True",
+    ),
+    "the progress cannot be read this time": (
+        lambda: replace(
+            after(replace(submitted(), progress=told(TrainerPhase.TRAINING, step=3)))[0], progress=Unknown("timeout")
+        ),
+        [],
+        Phase.RUNNING,
+        "Training",
+        "True",
+    ),
+    "the queue takes the nodes, and the trainer commits": (
+        lambda: replace(submitted(), cluster=cluster(begin(), suspended=True, head_ready=True)),
+        [],
+        Phase.SUSPENDING,
+        "Preempted",
+        "True",
+    ),
+    "the status names no submission": (
+        lambda: changed(submitted(), job=None),
+        [],
+        Phase.PENDING,
+        "Restarting",
+        "True",
+    ),
+    "the last driver still runs when the next attempt may start": (
+        lambda: replace(next_attempt(), job=job("RUNNING")),
+        ["StopJob"],
+        Phase.PENDING,
+        "Restarting",
+        "True",
+    ),
+    "all training time was spent by earlier attempts": (
+        lambda: edited(changed(next_attempt(), usage={"trainedSeconds": 100}), {"deadlines": {"runSeconds": 100}}),
+        [],
+        Phase.FAILED,
+        "RunTimeout",
+        "True",
+    ),
+}
+
+
+def changed(seen: Observed, **status: Any) -> Observed:
+    wire = {**seen.run.status.to_wire(), **status}
+    known = FineTuneStatus.model_validate({name: value for name, value in wire.items() if value is not None})
+    return replace(seen, run=replace(seen.run, status=known))
+
+
+def next_attempt() -> Observed:
+    """The first attempt has ended, and the cluster is whole."""
+    seen, _ = after(replace(submitted(), head=Head("session-2", "2.60.0"), job=None))
+    return replace(seen, job=None)
+
+
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_situation(name: str) -> None:
+    situation, actions, phase, reason, accepted = SITUATIONS[name]
+    seen = situation()
+    decision = plan(seen, NOW, CONFIG)
+    assert names(decision) == actions
+    if phase is None:
+        assert decision.status is None
+        return
+    assert decision.status is not None
+    assert decision.status.phase is phase
+    assert decision.status.observed_generation == seen.run.generation
+    ready, judged = (condition_of(decision.status, kind) for kind in (ConditionType.READY, ConditionType.ACCEPTED))
+    assert ready is not None
+    assert ready.reason == reason
+    assert judged is not None
+    assert judged.status == accepted
+
+
+def ended_by(seen: Observed) -> Attempt:
+    return seen.run.status.attempts[-1]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "an edit that is refused, and the cluster goes",
+        "KubeRay is removed while it runs",
+    ],
+)
+def test_an_attempt_whose_cluster_is_gone_is_closed(name: str) -> None:
+    seen, _ = after(SITUATIONS[name][0]())
+    assert ended_by(seen).failure_class is FailureClass.HEAD_LOST
+    assert seen.run.status.job is None
+
+
+def test_an_edit_of_a_finished_run_is_acknowledged_once() -> None:
+    seen, decision = after(edited(done(), {"keepClusterSeconds": 1}))
+    assert decision.status is not None
+    assert decision.status.observed_generation == 2
+    assert plan(seen, NOW, CONFIG) == Decision()
+
+
+def resumed(committed: int) -> Observed:
+    """Attempt 2 has begun on the same cluster, after attempt 1 committed a step."""
+    seen = replace(submitted(), progress=told(TrainerPhase.TRAINING, step=committed, committed=committed))
+    seen, _ = after(replace(seen, head=Head("session-2", "2.60.0"), job=None))
+    seen, _ = after(replace(seen, job=None, progress=None), 10)
+    assert seen.run.status.attempt == 2
+    return seen
+
+
+def test_an_attempt_that_died_without_a_word_made_no_progress() -> None:
+    seen = resumed(50)
+    assert ended_by(seen).from_step == 50
+    for session in ("session-3", "session-4"):
+        seen, _ = after(replace(seen, head=Head(session, "2.60.0")), 10)
+        seen, _ = after(replace(seen, job=None), 400)
+    assert seen.run.status.retries == 2
+
+
+def progress(step: int, committed: int, **facts: Any) -> Progress:
+    return told(TrainerPhase.TRAINING, 1, step=step, committed=committed, **facts)
+
+
+def test_a_group_that_started_again_does_not_hide_what_the_attempt_committed() -> None:
+    seen, _ = after(replace(submitted(), progress=progress(30, 20)))
+    seen, _ = after(replace(seen, progress=progress(25, 20, group=2, from_step=20)))
+    assert ended_by(seen).from_step == 0
+    seen, _ = after(replace(seen, head=Head("session-2", "2.60.0"), job=None))
+    assert seen.run.status.retries == 0
+
+
+def test_commits_are_not_unmade_by_a_trainer_that_has_not_listed_them_yet() -> None:
+    seen = resumed(50)
+    early = told(TrainerPhase.LOADING, 2).model_copy(update={"checkpoints": Checkpoints()})
+    seen, _ = after(replace(seen, job=job("RUNNING", 2), progress=early), 10)
+    latest = seen.run.status.checkpoints and seen.run.status.checkpoints.latest
+    assert isinstance(latest, CheckpointRef)
+    available = condition_of(seen.run.status, ConditionType.CHECKPOINT_AVAILABLE)
+    assert available is not None
+    assert (available.status, available.message) == ("True", "step 50")
+
+
+def test_a_suspension_by_the_user_costs_no_retry() -> None:
+    seen, _ = after(replace(edited(submitted(), SUSPEND), job=job("STOPPED")))
+    assert ended_by(seen).failure_class is FailureClass.PREEMPTED
+    assert seen.run.status.retries == 0
+
+
+def test_a_token_that_was_changed_before_the_attempt_is_not_a_retry_of_it() -> None:
+    seen, _ = after(edited(whole({"retry": {"token": "1"}}), {"retry": {"token": "2"}}))
+    assert seen.run.status.attempt == 1
+    assert seen.run.status.retry_token == "2"
+
+
+def test_a_clock_that_went_back_gives_no_negative_time() -> None:
+    seen, _ = after(replace(submitted(), head=Head("session-2", "2.60.0"), job=None), -600)
+    attempt = ended_by(seen)
+    assert attempt.end_time == attempt.start_time
+    assert seen.run.status.usage is not None
+    assert seen.run.status.usage.trained_seconds == 0
+
+
+def test_training_time_counts_attempts_that_the_list_has_forgotten() -> None:
+    seen, at = submitted({"retry": {"limit": 100}}), 0
+    for _ in range(25):
+        number = seen.run.status.attempt or 0
+        seen, _ = after(replace(seen, job=job("FAILED", number), progress=None), at + 10)
+        at += 400
+        seen, _ = after(replace(seen, job=None), at)
+    status = seen.run.status
+    assert len(status.attempts) == 20
+    assert status.usage is not None
+    assert status.usage.trained_seconds == 250
+
+
+def test_the_last_commit_of_a_preempted_attempt_is_heard() -> None:
+    seen = replace(submitted(), cluster=cluster(begin(), suspended=True, head_ready=True))
+    seen, _ = after(replace(seen, progress=told(TrainerPhase.SAVING, step=7, committed=7)))
+    seen, _ = after(replace(seen, head=Unknown("gone"), job=None), 10)
+    assert ended_by(seen).failure_class is FailureClass.PREEMPTED
+    assert ended_by(seen).to_step == 7
+    assert seen.run.status.retries == 0
+
+
+def test_waiting_for_the_next_attempt_is_told_with_its_time() -> None:
+    decision = plan(next_attempt(), NOW + timedelta(seconds=1), CONFIG)
+    assert decision.requeue_after == 9
+    assert decision.status is not None
+    assert "attempt 1 ended (HeadLost: the Ray head restarted" in (decision.status.message or "")
+    assert "the next one starts at 12:00:10 UTC" in (decision.status.message or "")

@@ -1,0 +1,52 @@
+"""Kubernetes JSON -> what the core speaks of."""
+
+from typing import Any
+
+import pytest
+
+from dsft_api.conditions import ConditionType
+from dsft_operator.adapters.reading import run_of
+from dsft_operator.core.summary import condition_of
+from tests.unit.operator.situations import CONFIG, NOW, resource, submitted
+
+
+def began(spec: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The resource of a run that has begun."""
+    return {**resource(spec), "status": submitted().run.status.to_wire()}
+
+
+def test_what_is_frozen_is_frozen_where_cel_cannot_see() -> None:
+    raw = began()
+    assert run_of(raw, CONFIG).problems == ()
+    raw["spec"] = {**raw["spec"], "training": {**raw["spec"]["training"], "seed": 7}}
+    (problem,) = run_of(raw, CONFIG).problems
+    assert "is another than the one the run began with" in str(problem)
+    raw["status"]["attempt"] = 0
+    assert run_of(raw, CONFIG).problems == ()
+
+
+def test_the_admins_defaults_may_move_under_a_run() -> None:
+    spec = {"storage": {}}
+    at_first = CONFIG.model_copy(update={"storage": CONFIG.storage.model_copy(update={"uri": "s3://old/runs"})})
+    later = CONFIG.model_copy(update={"storage": CONFIG.storage.model_copy(update={"uri": "s3://new/runs"})})
+    assert run_of(resource(spec), at_first).identity == run_of(resource(spec), later).identity
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"phase": "Hibernating"},
+        {"conditions": [{"type": "Fancy", "status": "True", "reason": "New", "lastTransitionTime": str(NOW)}]},
+        {"progress": {"step": "many"}},
+        {"usage": 5},
+    ],
+    ids=["phase", "condition", "progress", "usage"],
+)
+def test_a_status_of_a_newer_operator_is_not_forgotten(part: dict[str, Any]) -> None:
+    raw = began()
+    known = run_of(raw, CONFIG).status
+    raw["status"] |= {**part, "conditions": [*part.get("conditions", ()), *raw["status"]["conditions"]]}
+    status = run_of(raw, CONFIG).status
+    assert (status.attempt, status.job, status.ray_cluster) == (known.attempt, known.job, known.ray_cluster)
+    assert status.attempts == known.attempts
+    assert condition_of(status, ConditionType.READY) == condition_of(known, ConditionType.READY)
