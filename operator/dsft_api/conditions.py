@@ -58,6 +58,11 @@ class Reason(StrEnum):
     CLUSTER_REFUSED = "ClusterRefused"
     POD_CONFIG_INVALID = "PodConfigInvalid"
     POD_FAILED = "PodFailed"
+    VOLUME_UNAVAILABLE = "VolumeUnavailable"
+    NEVER_FITS = "NeverFits"
+    QUEUE_CLOSED = "QueueClosed"
+    KUEUE_MISSING = "KueueMissing"
+    WAITING_FOR_RAY = "WaitingForRay"
     RAY_UNREACHABLE = "RayUnreachable"
 
 
@@ -146,4 +151,23 @@ FAILURES: dict[FailureClass, Failure] = {
     ),
     FailureClass.USER_CODE: Failure(_E.OTHER, False, "correct the program named in spec.program"),
     FailureClass.UNKNOWN: Failure(_E.OTHER, True, "read the log"),
+}
+
+
+# Why a run waits, as reason of condition ClusterReady, and what to do. None: nothing, it passes.
+WAITS: dict[str, str | None] = {
+    Reason.PROVISIONING: None,
+    Reason.WAITING_FOR_RAY: None,
+    FailureClass.IMAGE_PULL: FAILURES[FailureClass.IMAGE_PULL].remedy,
+    FailureClass.UNSCHEDULABLE: FAILURES[FailureClass.UNSCHEDULABLE].remedy,
+    Reason.POD_CONFIG_INVALID: "make the Secret or ConfigMap that is named, or correct its name in the spec",
+    Reason.VOLUME_UNAVAILABLE: "make the claim, ConfigMap or volume that is named, or correct its name in the spec",
+    Reason.POD_FAILED: "read what the pod said; check spec.image and the resources of spec.head and spec.nodePools",
+    Reason.CLUSTER_REFUSED: "correct what is named: a quota, an admission policy, or a field of the spec",
+    Reason.QUEUED: None,
+    Reason.NEVER_FITS: "ask for less in spec.nodePools, or have the quota of the queue raised",
+    Reason.QUEUE_CLOSED: "correct spec.queue.name, or have the queue opened",
+    Reason.KUEUE_MISSING: "install Kueue with its integration ray.io/raycluster, or remove spec.queue",
+    Reason.KUBERAY_MISSING: "install KubeRay",
+    Reason.NAME_CONFLICT: "remove the RayCluster of that name, or give this resource another name",
 }

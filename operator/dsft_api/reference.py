@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from dsft_api.conditions import FAILURES, ExitCode
+from dsft_api.conditions import FAILURES, WAITS, ExitCode
 
 Schema = dict[str, Any]
 
@@ -29,6 +29,17 @@ its last committed checkpoint.
 | Failure class | Exit code | Retried | What to do |
 |---|---|---|---|
 {failures}
+
+## Why a run waits
+
+The reason of condition `ClusterReady` while it is False. The message says which pool, how many pods are short, and the words
+of the scheduler, the image puller, Kueue or Ray. A wait ends with the deadline in `spec.deadlines`, where one is set: the run
+is then Failed with class `QueueTimeout` or `ProvisionTimeout`, its message names this reason and its words, and the nodes are
+freed. A run that never came to an attempt has none in `status.attempts`.
+
+| Reason | What to do |
+|---|---|
+{waits}
 
 ## Exit codes
 
@@ -59,7 +70,10 @@ def reasons_reference() -> str:
         f"| `{name}` | {failure.exit_code.value} | {'yes' if failure.retried else 'no'} | {_cell(failure.remedy)} |"
         for name, failure in FAILURES.items()
     ]
-    return _REASONS.format(failures="\n".join(failures), exit_codes="\n".join(map(_exit_code, ExitCode)))
+    waits = [f"| `{reason}` | {_cell(remedy or 'nothing: it passes')} |" for reason, remedy in WAITS.items()]
+    return _REASONS.format(
+        failures="\n".join(failures), waits="\n".join(waits), exit_codes="\n".join(map(_exit_code, ExitCode))
+    )
 
 
 def _exit_code(code: ExitCode) -> str:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 from dsft_api.progress import Progress
 from dsft_api.status import FineTuneStatus
 from dsft_operator.core.decision import SubmitJob
-from dsft_operator.core.observed import Cluster, Head, Pod, RayJob, Run, Unknown
+from dsft_operator.core.observed import Cluster, Head, Pod, Queueing, RayJob, Run, Unknown, Warned
 
 Manifest = dict[str, Any]
 
@@ -50,6 +50,14 @@ class Kube(Protocol):
 
     async def pods(self, key: Key, cluster: str) -> tuple[Pod, ...]:
         """The Ray pods of a cluster."""
+        ...
+
+    async def queueing(self, key: Key, cluster_uid: str) -> Queueing | None:
+        """What Kueue says about a RayCluster; None if it has not looked at it yet."""
+        ...
+
+    async def warnings(self, key: Key, uid: str) -> tuple[Warned, ...]:
+        """Warning Events about an object of the run's namespace, oldest first."""
         ...
 
     async def create(self, manifest: Manifest) -> None:

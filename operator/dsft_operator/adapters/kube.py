@@ -18,11 +18,12 @@ from kubernetes.aio.client.exceptions import ApiException
 
 from dsft_api import API_VERSION, KIND
 from dsft_api.status import FineTuneStatus
-from dsft_operator.adapters.reading import cluster_of, pod_of, run_of
+from dsft_operator.adapters import kueue
+from dsft_operator.adapters.reading import cluster_of, pod_of, run_of, warnings_of
 from dsft_operator.adapters.recorder import event
 from dsft_operator.config import OperatorConfig
 from dsft_operator.core import naming
-from dsft_operator.core.observed import Cluster, Pod, Run
+from dsft_operator.core.observed import Cluster, Pod, Queueing, Run, Warned
 from dsft_operator.core.pods import run_labels
 from dsft_operator.core.raycluster import cluster_reference
 from dsft_operator.ports import Conflict, Key, KubeError, KubeRayMissing, Manifest
@@ -34,6 +35,7 @@ APPLY = "application/apply-patch+yaml"
 MERGE = "application/merge-patch+json"
 TIMEOUT_SECONDS = 20.0
 PAGE = 500
+WARNINGS = 100
 T = TypeVar("T")
 
 
@@ -100,6 +102,41 @@ class KubeApi:
         if response.status != 200:
             raise KubeError(f"pods cannot be listed: {raw.get('message')}")
         return tuple(pod_of(item) for item in raw["items"])
+
+    async def queueing(self, key: Key, cluster_uid: str) -> Queueing | None:
+        for version in kueue.VERSIONS:
+            try:
+                listed = await self._objects.list_namespaced_custom_object(
+                    kueue.GROUP,
+                    version,
+                    key.namespace,
+                    "workloads",
+                    label_selector=f"{kueue.JOB_UID_LABEL}={cluster_uid}",
+                    _request_timeout=TIMEOUT_SECONDS,
+                )
+            except ApiException as error:
+                if error.status != 404:
+                    raise _refused(error) from error
+                continue
+            except (TimeoutError, OSError) as error:
+                raise KubeError(f"the API server did not answer: {error!r}") from error
+            workloads = cast("dict[str, Any]", listed)["items"]
+            return kueue.queueing_of(workloads[0]) if workloads else None
+        return kueue.MISSING
+
+    async def warnings(self, key: Key, uid: str) -> tuple[Warned, ...]:
+        response = await _done(
+            self._core.list_namespaced_event_without_preload_content(
+                key.namespace,
+                field_selector=f"involvedObject.uid={uid},type=Warning",
+                limit=WARNINGS,
+                _request_timeout=TIMEOUT_SECONDS,
+            )
+        )
+        raw = json.loads(await response.read())
+        if response.status != 200:
+            raise KubeError(f"events cannot be listed: {raw.get('message')}")
+        return warnings_of(raw["items"])
 
     async def create(self, manifest: Manifest) -> None:
         namespace = manifest["metadata"]["namespace"]

@@ -15,12 +15,14 @@ from dsft_api.spec import IDENTITY_FIELDS, FineTuneSpec
 from dsft_api.status import FineTuneStatus
 from dsft_operator.config import OperatorConfig
 from dsft_operator.core import naming
-from dsft_operator.core.observed import Cluster, Ended, Pod, Run
+from dsft_operator.core.observed import Cluster, Ended, Pod, Run, Warned
 from dsft_operator.core.pods import pod_template_problems
 
 Json = Mapping[str, Any]
 
 RAY_CONTAINERS = ("ray-head", "ray-worker")
+# KubeRay's init container of workers.
+WAIT_CONTAINER = "wait-gcs-ready"
 # The head needs minutes to be ready, so its own words (an image, a crash) count before its condition.
 _WAITS = ("ContainerCreating", "PodInitializing")
 
@@ -144,8 +146,24 @@ def cluster_of(raw: Json, run_uid: str) -> Cluster:
         ready_workers=status.get("readyWorkerReplicas", 0),
         desired_workers=status.get("desiredWorkerReplicas", 0),
         head_address=pod.get("podIP") or None,
-        problem=failure.get("message") if failure.get("status") == "True" else None,
+        problem=": ".join(filter(None, (failure.get("reason"), failure.get("message"))))
+        if failure.get("status") == "True"
+        else None,
+        created=_time(meta.get("creationTimestamp")),
+        seen_by_kuberay=bool(status),
     )
+
+
+def warnings_of(events: list[Json]) -> tuple[Warned, ...]:
+    """Events of core/v1 as warnings, oldest first."""
+    ordered = sorted(events, key=_last_seen)
+    return tuple(Warned(event.get("reason") or "", (event.get("message") or "")[:1000]) for event in ordered)
+
+
+def _last_seen(event: Json) -> str:
+    series: Json = event.get("series") or {}
+    times = (series.get("lastObservedTime"), event.get("lastTimestamp"), event.get("eventTime"))
+    return next((time for time in times if time), event["metadata"].get("creationTimestamp") or "")
 
 
 def pod_of(raw: Json) -> Pod:
@@ -157,11 +175,15 @@ def pod_of(raw: Json) -> Pod:
     conditions = {condition["type"]: condition for condition in status.get("conditions", ())}
     scheduled: Json = conditions.get("PodScheduled", {})
     containers: list[Json] = [*status.get("initContainerStatuses", ()), *status.get("containerStatuses", ())]
-    waits = [c["state"]["waiting"] for c in containers if "waiting" in c.get("state", {})]
+    waits = [_state(c)["waiting"] for c in containers if "waiting" in _state(c)]
     told = [wait for wait in waits if wait.get("reason") not in _WAITS]
     node = raw.get("spec", {}).get("nodeName")
+    preparing = scheduled.get("status") == "True" and not any(
+        {"running", "terminated"} & set(_state(c)) for c in containers
+    )
     return Pod(
         name=meta["name"],
+        uid=meta.get("uid", ""),
         role=role,
         pool=labels.get("ray.io/group", ""),
         node=node,
@@ -169,9 +191,19 @@ def pod_of(raw: Json) -> Pod:
         deleting="deletionTimestamp" in meta,
         unscheduled=scheduled.get("message", "") if scheduled.get("status") == "False" else None,
         waiting=(told[0].get("reason", ""), told[0].get("message", "")) if told else None,
+        waits_for_head=any(c["name"] == WAIT_CONTAINER and "running" in _state(c) for c in containers),
+        preparing_since=_time(scheduled.get("lastTransitionTime")) if preparing else None,
         image_id=next((c["imageID"] for c in containers if c["name"] in RAY_CONTAINERS and c.get("imageID")), None),
         ended=tuple(_ended(meta["name"], role, node, containers)),
     )
+
+
+def _state(container: Json) -> Json:
+    return container.get("state") or {}
+
+
+def _time(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text) if text else None
 
 
 def _ended(pod: str, role: Literal["head", "worker"], node: str | None, containers: list[Json]) -> Iterator[Ended]:

@@ -33,6 +33,9 @@ def unsubmitted(seen: Observed, now: datetime, config: OperatorConfig) -> Decisi
         return None
     if not isinstance(seen.head, Head) or seen.head.session != cluster.session or status.attempt is None:
         return None
+    silent = _silent_seconds(status, now)
+    if silent >= UNREACHABLE_SECONDS:
+        return _given_up(seen, now, silent, "it does not take the submission")
     prefix = status.resolved.storage_prefix if status.resolved else None
     return Decision((submission(run, spec, status.attempt, prefix or ""),), requeue_after=SOON)
 
@@ -55,13 +58,10 @@ def lost(seen: Observed, now: datetime, config: OperatorConfig) -> Decision | No
         return again(seen, now, Cause(FailureClass.HEAD_LOST, "Ray does not know the submission any more"))
     if isinstance(seen.head, Head) and not isinstance(seen.job, Unknown):
         return None
-    before = condition_of(status, ConditionType.JOB_SUBMITTED)
     words = next((part.reason for part in (seen.head, seen.job) if isinstance(part, Unknown)), "the head is not ready")
-    if before is not None and before.status == "Unknown":
-        silent = (now - before.last_transition_time).total_seconds()
-        if silent >= UNREACHABLE_SECONDS:
-            cause = Cause(FailureClass.HEAD_LOST, f"the Ray head did not answer for {silent:.0f} s: {words}")
-            return again(seen, now, cause, DeleteCluster(cluster.name, cluster.uid))
+    silent = _silent_seconds(status, now)
+    if silent >= UNREACHABLE_SECONDS:
+        return _given_up(seen, now, silent, words)
     fact = Fact(value=None, reason=Reason.RAY_UNREACHABLE, message=words)
     phase = status.phase or Phase.STARTING
     wish = report(seen.run, now, phase, fact.reason, words, {ConditionType.JOB_SUBMITTED: fact})
@@ -188,6 +188,20 @@ def _facts(status: FineTuneStatus, told: dict[str, Any]) -> dict[ConditionType, 
         if latest
         else Fact(value=False, reason=Reason.NO_CHECKPOINT),
     }
+
+
+def _silent_seconds(status: FineTuneStatus, now: datetime) -> float:
+    """For how long the head has given no good answer about the submission."""
+    before = condition_of(status, ConditionType.JOB_SUBMITTED)
+    is_silent = before is not None and before.status == "Unknown"
+    return (now - before.last_transition_time).total_seconds() if before is not None and is_silent else 0.0
+
+
+def _given_up(seen: Observed, now: datetime, silent: float, words: str) -> Decision:
+    """The head is broken: the next attempt gets another cluster."""
+    cluster = live_cluster(seen)
+    cause = Cause(FailureClass.HEAD_LOST, f"the Ray head gave no good answer for {silent:.0f} s: {words}")
+    return again(seen, now, cause, *(() if cluster is None else (DeleteCluster(cluster.name, cluster.uid),)))
 
 
 def _doing(seen: Observed, progress: Progress | None) -> tuple[Phase, str]:

@@ -1,9 +1,10 @@
 """Rules about the RayCluster: make it, prepare it, and say what it waits for."""
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from dsft_api.conditions import ConditionType, FailureClass, Phase, Reason
+from dsft_api.conditions import WAITS, ConditionType, FailureClass, Phase, Reason
 from dsft_api.job import CONTRACT
 from dsft_api.spec import FineTuneSpec
 from dsft_api.status import FineTuneStatus, RayClusterStatus, Resolved
@@ -41,6 +42,8 @@ def missing(seen: Observed, now: datetime, config: OperatorConfig) -> Decision |
         return Decision(
             status=report(run, now, Phase.PENDING, Reason.RESTARTING, message, _NO_CLUSTER, **changes), requeue_after=0
         )
+    if (overdue := _overdue(seen, now)) is not None:
+        return overdue
     number = known.incarnation if known is not None else 1
     manifest = ray_cluster(run, spec, config, number)
     name = manifest["metadata"]["name"]
@@ -91,6 +94,8 @@ def unprepared(seen: Observed, now: datetime, config: OperatorConfig) -> Decisio
     known = run.status.ray_cluster
     if cluster is None or (known is not None and known.uid == cluster.uid):
         return None
+    if (overdue := _overdue(seen, now)) is not None:
+        return overdue
     actions = (
         CreateToken(cluster.name, cluster.uid),
         CreateChild(network_policy(run, config, cluster.name, cluster.uid)),
@@ -111,7 +116,8 @@ def waiting(seen: Observed, now: datetime, config: OperatorConfig) -> Decision |
     queued = wish.phase is Phase.QUEUED
     bound = spec.deadlines.queue_seconds if queued else spec.deadlines.provision_seconds
     if bound is not None and waited >= bound:
-        return _timed_out(seen, now, wish, bound)
+        kind = FailureClass.QUEUE_TIMEOUT if queued else FailureClass.PROVISION_TIMEOUT
+        return _timed_out(seen, now, wish, kind, bound)
     pause = config.intervals.queued_seconds if queued else config.intervals.provisioning_seconds
     return Decision(status=wish, requeue_after=pause if bound is None else min(pause, bound - waited))
 
@@ -135,30 +141,48 @@ _NO_CLUSTER: dict[ConditionType, Fact | None] = {
 
 
 def _waiting_status(seen: Observed, now: datetime, cluster: Cluster, **changes: Any) -> FineTuneStatus:
-    if cluster.suspended:
-        message = seen.queue_message or "waiting in the queue"
-        fact = Fact(value=False, reason=Reason.QUEUED, message=message)
-        phase = Phase.QUEUED
-    else:
-        fact = explain(_spec(seen), cluster, seen.pods)
-        phase = Phase.PROVISIONING
+    fact = explain(_spec(seen), seen, cluster)
+    phase = Phase.QUEUED if cluster.suspended else Phase.PROVISIONING
     return report(seen.run, now, phase, fact.reason, fact.message, {ConditionType.CLUSTER_READY: fact}, **changes)
 
 
-def _timed_out(seen: Observed, now: datetime, wish: FineTuneStatus, bound: int) -> Decision:
+def _overdue(seen: Observed, now: datetime) -> Decision | None:
+    """The API server has refused to make something for as long as the run may wait for its nodes."""
+    status, bound = seen.run.status, _spec(seen).deadlines.provision_seconds
+    before = condition_of(status, ConditionType.CLUSTER_READY)
+    if before is None or before.reason != Reason.CLUSTER_REFUSED or bound is None or status.phase_time is None:
+        return None
+    is_over = (now - status.phase_time).total_seconds() >= bound
+    return _timed_out(seen, now, status, FailureClass.PROVISION_TIMEOUT, bound) if is_over else None
+
+
+def _timed_out(seen: Observed, now: datetime, wish: FineTuneStatus, kind: FailureClass, bound: int) -> Decision:
+    """The deadline is over. What was waited for is kept: the pods that say so are about to go."""
     queued = wish.phase is Phase.QUEUED
-    kind = FailureClass.QUEUE_TIMEOUT if queued else FailureClass.PROVISION_TIMEOUT
     fact = condition_of(wish, ConditionType.CLUSTER_READY)
-    words = f" ({fact.reason}: {fact.message})" if fact else ""
-    cause = Cause(kind, f"not {'admitted' if queued else 'provisioned'} within {bound} s{words}")
-    return failed(seen, now, cause)
+    assert fact is not None, "a wait has its condition"  # noqa: S101
+    remedy = WAITS.get(fact.reason)
+    words = f"{fact.reason}: {fact.message.removesuffix(f' -> {remedy}')}"
+    cause = Cause(
+        kind,
+        f"not {'admitted' if queued else 'provisioned'} within {bound} s ({words})",
+        remedy=f"{remedy}; then set a new spec.retry.token" if remedy else None,
+    )
+    return failed(seen, now, cause, {ConditionType.CLUSTER_READY: Fact(False, fact.reason, fact.message)})
 
 
-def failed(seen: Observed, now: datetime, cause: Cause, **changes: Any) -> Decision:
+def failed(
+    seen: Observed,
+    now: datetime,
+    cause: Cause,
+    facts: Mapping[ConditionType, Fact | None] | None = None,
+    **changes: Any,
+) -> Decision:
     """The end of a run that cannot go on by itself; `finished` frees the nodes."""
     status = seen.run.status.model_copy(update=changes)
     changes |= attempts.ended(status, seen.run.spec, now, cause)
-    wish = report(seen.run, now, Phase.FAILED, cause.failure_class, str(cause), completion_time=now, **changes)
+    kind, message = cause.failure_class, str(cause)
+    wish = report(seen.run, now, Phase.FAILED, kind, message, facts, completion_time=now, **changes)
     return Decision(status=wish, requeue_after=0)
 
 

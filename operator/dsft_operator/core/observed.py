@@ -40,6 +40,22 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Warned:
+    """A Warning Event about an object: what it does not say in its status."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Queueing:
+    """What the queue says about a suspended RayCluster: a reason of ours (`conditions.WAITS`), and its words."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
 class Cluster:
     """Our RayCluster, or one that has its name (`owned` False)."""
 
@@ -55,6 +71,9 @@ class Cluster:
     desired_workers: int = 0
     head_address: str | None = None
     problem: str | None = None  # what KubeRay says it cannot do
+    created: datetime | None = None
+    seen_by_kuberay: bool = True  # it has a status
+    warning: Warned | None = None
 
 
 @dataclass(frozen=True)
@@ -76,11 +95,15 @@ class Pod:
     name: str
     role: Literal["head", "worker"]
     pool: str
+    uid: str = ""
     node: str | None = None
     ready: bool = False
     deleting: bool = False
     unscheduled: str | None = None  # the scheduler's words
     waiting: tuple[str, str] | None = None  # reason and message of a container that does not start
+    waits_for_head: bool = False  # KubeRay's init container asks the head until it answers
+    preparing_since: datetime | None = None  # on a node, and no container has started: volumes, sandbox, image
+    warning: Warned | None = None
     image_id: str | None = None
     ended: tuple[Ended, ...] = ()
 
@@ -121,5 +144,5 @@ class Observed:
     head: Head | Unknown | None = None
     job: RayJob | Unknown | None = None
     progress: Progress | Unknown | None = None
-    queue_message: str | None = None
+    queue: Queueing | Unknown | None = None
     evidence: tuple[Ended, ...] = ()  # containers that ended in this attempt, also of pods that are gone

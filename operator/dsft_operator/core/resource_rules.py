@@ -1,6 +1,6 @@
 """Rules about the resource itself: it is going, refused, unreadable, finished or suspended."""
 
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from dsft_api.conditions import ConditionType, FailureClass, Phase, Reason
@@ -55,9 +55,11 @@ def finished(seen: Observed, now: datetime, _config: OperatorConfig) -> Decision
     cluster = live_cluster(seen)
     if cluster is None:
         return Decision(status=wish)
-    held = status.completion_time + timedelta(seconds=spec.keep_cluster_seconds if spec is not None else 0)
-    if now < held:
-        return Decision(status=wish, requeue_after=(held - now).total_seconds())
+    keep = spec.keep_cluster_seconds if spec is not None else 0
+    # A clock that went back holds it no longer than was asked.
+    left = keep - max(0.0, (now - status.completion_time).total_seconds())
+    if left > 0:
+        return Decision(status=wish, requeue_after=left)
     return Decision((DeleteCluster(cluster.name, cluster.uid),), wish, SOON)
 
 

@@ -1,41 +1,96 @@
-"""Why a run is not running yet, in one line: which pool, how many pods short, and the words of whoever says no."""
+"""Why a run is not running yet, in one line: which pool, how many pods short, the words of whoever says no, what to do.
 
-from dsft_api.conditions import FailureClass, Reason
+The words are those of the scheduler, the kubelet, KubeRay, Kueue or Ray; only the reason and the remedy are ours.
+"""
+
+import re
+
+from dsft_api.conditions import WAITS, FailureClass, Reason
 from dsft_api.spec import FineTuneSpec
-from dsft_operator.core.observed import Cluster, Pod
+from dsft_operator.core.observed import Cluster, Head, Observed, Pod, Queueing, Unknown
 from dsft_operator.core.summary import Fact
 
 # Waiting reasons of the kubelet that mean the image, and those that mean the pod's own references.
 IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable")
 CONFIG_REASONS = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
+# The scheduler's words where a claim and not a node is what is missing.
+_VOLUME_WORDS = re.compile("persistentvolumeclaim|volume node affinity", re.IGNORECASE)
+_VOLUME_EVENTS = ("FailedMount", "FailedAttachVolume", "FailedMapVolume", "VolumeFailedDelete", "ProvisioningFailed")
+_SHOWN = 1000
 
 
-def explain(spec: FineTuneSpec, cluster: Cluster, pods: tuple[Pod, ...]) -> Fact:
-    """ClusterReady=False: the first obstacle in the order of its weight, and how many pods are short."""
-    reason, words = _obstacle(cluster, pods)
-    short = _short(spec, cluster, pods)
-    return Fact(value=False, reason=reason, message=": ".join(filter(None, (short, words))))
+def explain(spec: FineTuneSpec, seen: Observed, cluster: Cluster) -> Fact:
+    """ClusterReady=False: the first obstacle in the order of its weight, how many pods are short, and what to do."""
+    if cluster.suspended:
+        reason, words = _queued(spec, cluster, seen.queue)
+        short = ""
+    else:
+        reason, words = _obstacle(cluster, seen.pods, seen.head)
+        short = _short(spec, cluster, seen.pods)
+    remedy = WAITS.get(reason)
+    text = ": ".join(filter(None, (short, words[:_SHOWN])))
+    return Fact(value=False, reason=reason, message=f"{text} -> {remedy}" if remedy else text)
 
 
-def _obstacle(cluster: Cluster, pods: tuple[Pod, ...]) -> tuple[str, str]:
+def _queued(spec: FineTuneSpec, cluster: Cluster, said: Queueing | Unknown | None) -> tuple[str, str]:
+    if spec.queue is None:
+        return Reason.QUEUED, f"RayCluster {cluster.name} is suspended, and not by spec.queue: unsuspend it to go on"
+    if isinstance(said, Queueing):
+        return said.reason, f"queue {spec.queue.name}: {said.message}"
+    words = said.reason if said is not None else "Kueue has not looked at it yet"
+    return Reason.QUEUED, f"waiting in queue {spec.queue.name}: {words}"
+
+
+def _obstacle(cluster: Cluster, pods: tuple[Pod, ...], head: Head | Unknown | None) -> tuple[str, str]:
     if cluster.problem:
         return Reason.CLUSTER_REFUSED, f"KubeRay cannot make the pods: {cluster.problem}"
-    for pod in pods:
-        if pod.waiting and pod.waiting[0] in IMAGE_REASONS:
-            return FailureClass.IMAGE_PULL, f"{pod.name}: {': '.join(filter(None, pod.waiting))}"
-    for pod in pods:
-        if pod.unscheduled:
-            return FailureClass.UNSCHEDULABLE, f"{pod.name}: {pod.unscheduled}"
-    for pod in pods:
-        if pod.waiting and pod.waiting[0] in CONFIG_REASONS:
-            return Reason.POD_CONFIG_INVALID, f"{pod.name}: {': '.join(filter(None, pod.waiting))}"
-    for pod in pods:
-        if pod.ended and not pod.ready:
-            last = pod.ended[-1]
-            return Reason.POD_FAILED, f"{pod.name} ended: {last.reason}, exit code {last.exit_code}"
-    if cluster.head_message and not cluster.head_ready:
-        return Reason.PROVISIONING, f"head: {cluster.head_message}"
+    if cluster.warning:
+        return Reason.CLUSTER_REFUSED, f"KubeRay refuses it: {cluster.warning.reason}: {cluster.warning.message}"
+    if not cluster.seen_by_kuberay:
+        return Reason.PROVISIONING, "KubeRay has not taken the RayCluster up yet; is its operator running?"
+    found = [obstacle for pod in pods if (obstacle := _pod_obstacle(pod)) is not None]
+    if found:
+        # Of several, the one that will not pass by itself: a pod may wait for a node while another's image is missing.
+        return min(found, key=lambda obstacle: _WEIGHTS.index(obstacle[0]))
+    if not cluster.head_ready:
+        words = f"head: {cluster.head_message}" if cluster.head_message else "pods are starting"
+        return Reason.PROVISIONING, words
+    waiting = [pod.name for pod in pods if pod.waits_for_head]
+    if waiting:
+        return Reason.WAITING_FOR_RAY, f"{waiting[0]} asks the Ray head whether it is up"
+    if isinstance(head, Unknown) and all(pod.ready for pod in pods):
+        return Reason.WAITING_FOR_RAY, f"the Ray head does not answer yet: {head.reason}"
     return Reason.PROVISIONING, "pods are starting"
+
+
+_WEIGHTS = (
+    FailureClass.IMAGE_PULL,
+    Reason.POD_CONFIG_INVALID,
+    Reason.VOLUME_UNAVAILABLE,
+    FailureClass.UNSCHEDULABLE,
+    Reason.POD_FAILED,
+    Reason.PROVISIONING,
+)
+
+
+def _pod_obstacle(pod: Pod) -> tuple[str, str] | None:
+    if pod.waiting and pod.waiting[0] in IMAGE_REASONS:
+        return FailureClass.IMAGE_PULL, f"{pod.name}: {': '.join(filter(None, pod.waiting))}"
+    if pod.waiting and pod.waiting[0] in CONFIG_REASONS:
+        return Reason.POD_CONFIG_INVALID, f"{pod.name}: {': '.join(filter(None, pod.waiting))}"
+    if pod.unscheduled is not None:
+        is_volume = _VOLUME_WORDS.search(pod.unscheduled)
+        reason = Reason.VOLUME_UNAVAILABLE if is_volume else FailureClass.UNSCHEDULABLE
+        return reason, f"{pod.name}: {pod.unscheduled or 'no node fits'}"
+    if pod.warning is not None:
+        is_volume = pod.warning.reason in _VOLUME_EVENTS
+        words = f"{pod.name}: {pod.warning.reason}: {pod.warning.message}"
+        return Reason.VOLUME_UNAVAILABLE if is_volume else Reason.PROVISIONING, words
+    if pod.ended and not pod.ready and not pod.deleting:
+        last = pod.ended[-1]
+        said = f": {last.message.strip()[-300:]}" if last.message.strip() else ""
+        return Reason.POD_FAILED, f"{pod.name} ended: {last.reason}, exit code {last.exit_code}{said}"
+    return None
 
 
 def _short(spec: FineTuneSpec, cluster: Cluster, pods: tuple[Pod, ...]) -> str:

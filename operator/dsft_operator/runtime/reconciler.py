@@ -6,6 +6,7 @@ The order is the safety: an intent is in the status before it is carried out, an
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 from prometheus_client import Counter, Histogram
 
@@ -16,12 +17,18 @@ from dsft_operator.core import decision as do
 from dsft_operator.core.naming import cluster_name
 from dsft_operator.core.observed import Cluster, Ended, Head, Observed, RayJob, Run, Unknown
 from dsft_operator.core.plan import plan
-from dsft_operator.ports import Clock, Conflict, Key, Kube, KubeError, KubeRayMissing, RayJobs
+from dsft_operator.core.refusals import refusal
+from dsft_operator.ports import Clock, Conflict, Key, Kube, KubeError, KubeRayMissing, RayError, RayJobs
 from dsft_operator.runtime.logs import also
 
 log = logging.getLogger(__name__)
 
 MAX_EVIDENCE = 20
+# How long a pod or RayCluster may be silent before the Events about it are read, and about how many pods.
+SILENT_SECONDS = 10.0
+MAX_STUCK = 1
+# KubeRay's answer to a RayCluster that it does not take: an Event, and an empty status.
+REFUSALS = ("InvalidRayClusterSpec", "InvalidRayClusterMetadata", "InvalidRayClusterStatus")
 RECONCILES = Counter("dsft_reconcile_total", "Passes over a run, by how they ended.", ["result"])
 SECONDS = Histogram("dsft_reconcile_duration_seconds", "Duration of a pass over a run.")
 
@@ -90,7 +97,15 @@ class Reconciler:
         decision = self._decide(seen, self._clock.now(), self._config)
         version = run.resource_version
         for action in decision.actions:
-            version = await self._act(key, seen, action) or version
+            try:
+                version = await self._act(key, seen, action) or version
+            except KubeError as error:
+                log.warning("an action was refused: %s", error, extra={"action": type(action).__name__})
+                instead = refusal(seen, action, str(error), self._clock.now(), self._config)
+                if instead is None:
+                    raise
+                decision = instead
+                break
         if decision.status is not None and decision.status.to_wire() != run.status.to_wire():
             await self._kube.apply_status(run, decision.status, version)
             await self._tell(run, decision.status)
@@ -109,10 +124,33 @@ class Reconciler:
         pods = await self._kube.pods(key, name)
         evidence = self.evidence.add(key, tuple(ended for pod in pods for ended in pod.ended))
         seen = replace(seen, pods=pods, evidence=evidence)
+        if run.status.completion_time is not None:
+            return seen
+        seen = await self._observe_words(key, seen, cluster)
         # Before our own uid is in the status, the token was not made and nobody could answer.
-        if known is None or known.uid != cluster.uid or run.status.completion_time is not None:
+        if known is None or known.uid != cluster.uid:
             return seen
         return await self._observe_ray(seen, cluster)
+
+    async def _observe_words(self, key: Key, seen: Observed, cluster: Cluster) -> Observed:
+        """What stands in no status: why Kueue, KubeRay or a kubelet does not go on. Asked only while that matters."""
+        now = self._clock.now()
+        try:
+            if cluster.suspended:
+                return replace(seen, queue=await self._kube.queueing(key, cluster.uid))
+            if not cluster.seen_by_kuberay and _older(cluster.created, now):
+                refusals = [w for w in await self._kube.warnings(key, cluster.uid) if w.reason in REFUSALS]
+                return replace(seen, cluster=replace(cluster, warning=refusals[-1] if refusals else None))
+            mute = [pod for pod in seen.pods if pod.waiting is None and _older(pod.preparing_since, now)]
+            stuck = mute[:MAX_STUCK]
+            told = {pod.name: await self._kube.warnings(key, pod.uid) for pod in stuck}
+        except KubeError as error:
+            # Words are a courtesy: what cannot be read (no right to it, say) must not hold the run.
+            log.info("the reason of a wait cannot be read: %s", error)
+            return replace(seen, queue=Unknown(str(error))) if cluster.suspended else seen
+        words = {name: warnings[-1] for name, warnings in told.items() if warnings}
+        pods = tuple(replace(pod, warning=words.get(pod.name)) for pod in seen.pods)
+        return replace(seen, pods=pods)
 
     async def _observe_ray(self, seen: Observed, cluster: Cluster) -> Observed:
         if not cluster.head_ready or cluster.head_address is None:
@@ -155,8 +193,12 @@ class Reconciler:
         if isinstance(action, do.SubmitJob):
             self.evidence.forget(Key(seen.run.namespace, seen.run.name))
             await self._ray.submit(cluster.head_address, token, action)
-        else:
+            return
+        try:
             await self._ray.stop(cluster.head_address, token, action.submission_id)
+        except RayError as error:
+            # The rule that stops a job has its own patience, and asks again.
+            log.warning("the driver could not be asked to stop: %s", error)
 
     async def _tell(self, run: Run, status: FineTuneStatus) -> None:
         """An Event when the phase changes: the message says why. One that cannot be posted is no reason to stop."""
@@ -167,3 +209,7 @@ class Reconciler:
             await self._kube.event(run, kind, str(status.phase), status.message or str(status.phase))
         except (Conflict, KubeError) as error:
             log.debug("event not posted: %s", error)
+
+
+def _older(since: datetime | None, now: datetime) -> bool:
+    return since is not None and (now - since).total_seconds() >= SILENT_SECONDS

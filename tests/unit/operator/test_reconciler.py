@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from dsft_api.conditions import FailureClass, Phase
+from dsft_operator.core.observed import Queueing, Warned
 from dsft_operator.ports import KubeError
+from tests.unit.operator.situations import CONFIG, NOW, UID
 from tests.unit.operator.world import KEY, Crash, World, without_times
 
 PASSES = 200
@@ -143,6 +145,103 @@ def test_kuberay_comes_later() -> None:
     world.kuberay = True
     settle(world)
     assert world.seen_status.phase is Phase.SUCCEEDED
+
+
+QUOTA = 'rayclusters.ray.io "chat" is forbidden: exceeded quota: used 9, limited 9'
+
+
+@pytest.mark.parametrize("kind", ["RayCluster", "NetworkPolicy", "Secret"])
+def test_what_the_api_server_refuses_is_told_and_tried_again(kind: str) -> None:
+    world = World({"deadlines": {"provisionSeconds": 300}}, refused={kind: QUOTA})
+    operator = world.reconciler()
+    pauses: list[float] = []
+    for used in range(8):
+        world.refused[kind] = QUOTA.replace("9,", f"{used},")
+        pauses.append(asyncio.run(operator.reconcile(KEY)) or 0.0)
+        world.tick(pauses[-1])
+    status = world.seen_status
+    assert "exceeded quota" in (status.message or "")
+    (ready,) = (c for c in status.conditions if c.type == "ClusterReady")
+    assert (ready.status, ready.reason) == ("False", "ClusterRefused")
+    version = world.version
+    asyncio.run(operator.reconcile(KEY))
+    assert world.version == version, "words that differ in a number alone are not written again"
+    assert pauses[-1] == CONFIG.intervals.queued_seconds
+    world.refused.clear()
+    settle(world)
+    assert world.seen_status.phase is Phase.SUCCEEDED
+    assert world.made == 1
+
+
+def test_what_stays_refused_ends_with_the_deadline() -> None:
+    world = World({"deadlines": {"provisionSeconds": 60}}, refused={"RayCluster": QUOTA})
+    began = world.now
+    settle(world)
+    status = world.seen_status
+    assert (world.now - began).total_seconds() < 100
+    assert status.phase is Phase.FAILED
+    assert "ProvisionTimeout" in (status.message or "")
+    assert "exceeded quota" in (status.message or "")
+    assert world.made == 0
+
+
+def test_a_submission_that_ray_does_not_take_is_told_and_ends_with_another_cluster() -> None:
+    world = World(refused={"submit": "the submission was answered 500: no disk"})
+    run_until(world, Phase.STARTING)
+    operator = world.reconciler()
+    for _ in range(3):
+        asyncio.run(operator.reconcile(KEY))
+    assert "no disk" in (world.seen_status.message or "")
+    while world.made == 1:
+        if asyncio.run(operator.reconcile(KEY)):
+            world.tick()
+        assert (world.now - NOW).total_seconds() < 400
+    world.refused.clear()
+    settle(world)
+    assert world.seen_status.phase is Phase.SUCCEEDED
+    assert world.seen_status.attempts[0].failure_class is FailureClass.HEAD_LOST
+    assert world.submissions == ["0a1b2c3d-a2"]
+
+
+def test_a_driver_that_cannot_be_stopped_does_not_hold_the_nodes() -> None:
+    world = World(refused={"stop": "500"})
+    run_until(world, Phase.RUNNING)
+    world.hold = True
+    world.edit(suspend=True)
+    began = world.now
+    settle(world)
+    assert world.seen_status.phase is Phase.SUSPENDED
+    assert world.clusters == {}
+    assert (world.now - began).total_seconds() < 150
+
+
+def test_what_kueue_says_is_asked_while_the_cluster_is_suspended() -> None:
+    world = World({"queue": {"name": "team-a"}})
+    world.said["cluster-1"] = Queueing("NeverFits", "16 > 8")
+    run_until(world, Phase.QUEUED)
+    for _ in range(3):
+        asyncio.run(world.reconciler().reconcile(KEY))
+    assert "queue team-a: 16 > 8" in (world.seen_status.message or "")
+    world.clusters[f"chat-{UID[:5]}"].suspended = False
+    settle(world)
+    assert world.seen_status.phase is Phase.SUCCEEDED
+
+
+@pytest.mark.parametrize("may", [True, False])
+def test_what_kuberay_refuses_is_read_from_its_events(*, may: bool) -> None:
+    world = World()
+    if not may:
+        world.refused["Event"] = "events is forbidden"
+    world.said["cluster-1"] = (Warned("FailedToCreate", "old news"), Warned("InvalidRayClusterSpec", "no containers"))
+    operator = world.reconciler()
+    for _ in range(3):
+        asyncio.run(operator.reconcile(KEY))
+        for cluster in world.clusters.values():
+            cluster.seen = False
+    assert "has not taken the RayCluster up" in (world.seen_status.message or "")
+    world.tick(10)
+    asyncio.run(operator.reconcile(KEY))
+    assert ("InvalidRayClusterSpec: no containers" in (world.seen_status.message or "")) is may
 
 
 def test_two_writes_until_the_cluster_exists() -> None:

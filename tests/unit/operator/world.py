@@ -14,7 +14,7 @@ from dsft_api.status import FineTuneStatus
 from dsft_operator.adapters.reading import run_of
 from dsft_operator.core.decision import SubmitJob
 from dsft_operator.core.naming import FINALIZER, ray_token
-from dsft_operator.core.observed import Cluster, Head, Pod, RayJob, Run, Unknown
+from dsft_operator.core.observed import Cluster, Head, Pod, Queueing, RayJob, Run, Unknown, Warned
 from dsft_operator.ports import Conflict, Key, KubeError, KubeRayMissing, Manifest, RayError
 from dsft_operator.runtime.reconciler import Reconciler
 from tests.unit.operator.situations import CONFIG, NOW, OUTPUT, resource, told
@@ -36,6 +36,9 @@ class RayCluster:
     manifest: Manifest
     age: int = 0
     deleting: bool = False
+    suspended: bool = False
+    seen: bool = True
+    created: datetime = NOW
     session: int = 1
     jobs: dict[str, str] = field(default_factory=dict[str, str])
     has_token: bool = False
@@ -43,7 +46,7 @@ class RayCluster:
 
     @property
     def ready(self) -> bool:
-        return self.age >= 2 and self.has_token and not self.deleting
+        return self.age >= 2 and self.has_token and self.seen and not self.deleting and not self.suspended
 
 
 @dataclass
@@ -69,6 +72,9 @@ class World:
     kuberay: bool = True
     api_down: bool = False
     ray_down: bool = False
+    hold: bool = False  # drivers stand still
+    refused: dict[str, str] = field(default_factory=dict[str, str])  # kind or verb -> the words it is refused with
+    said: dict[str, Queueing | tuple[Warned, ...]] = field(default_factory=dict[str, Any])  # uid -> what its owner says
 
     def reconciler(self) -> Reconciler:
         """A fresh operator process."""
@@ -93,7 +99,7 @@ class World:
         if state == "PENDING":
             cluster.jobs[submission] = "RUNNING"
             cluster.progress = told(TrainerPhase.LOADING, attempt)
-        elif state == "RUNNING":
+        elif state == "RUNNING" and not self.hold:
             self.committed += 1
             phase = TrainerPhase.SUCCEEDED if self.committed >= STEPS else TrainerPhase.TRAINING
             cluster.progress = told(phase, attempt, step=self.committed, committed=self.committed)
@@ -207,6 +213,9 @@ class FakeKube:
             owned=found.manifest["metadata"]["ownerReferences"][0]["uid"] == run_uid,
             deleting=found.deleting,
             template_digest=found.manifest["metadata"]["annotations"]["dsft.dev/template-digest"],
+            suspended=found.suspended,
+            created=found.created,
+            seen_by_kuberay=found.seen,
             head_ready=found.ready,
             ready_workers=2 if found.ready else 0,
             desired_workers=2,
@@ -216,16 +225,36 @@ class FakeKube:
     async def pods(self, key: Key, cluster: str) -> tuple[Pod, ...]:
         return ()
 
+    async def queueing(self, key: Key, cluster_uid: str) -> Queueing | None:
+        self._up()
+        said = self._world.said.get(cluster_uid)
+        return said if isinstance(said, Queueing) else None
+
+    async def warnings(self, key: Key, uid: str) -> tuple[Warned, ...]:
+        self._up()
+        self._may("Event")
+        said = self._world.said.get(uid, ())
+        return said if isinstance(said, tuple) else ()
+
     async def create(self, manifest: Manifest) -> None:
+        self._may(manifest["kind"])
         self._write(lambda: self._create(manifest))
 
     def _create(self, manifest: Manifest) -> None:
         name = manifest["metadata"]["name"]
         if manifest["kind"] == "RayCluster" and name not in self._world.clusters:
             self._world.made += 1
-            self._world.clusters[name] = RayCluster(name, f"cluster-{self._world.made}", manifest)
+            self._world.clusters[name] = RayCluster(
+                name,
+                f"cluster-{self._world.made}",
+                manifest,
+                suspended=manifest["spec"].get("suspend", False),
+                created=self._world.now,
+            )
 
     async def create_token(self, key: Key, cluster: str, cluster_uid: str) -> None:
+        self._may("Secret")
+
         def effect() -> None:
             found = self._world.clusters.get(cluster)
             if found is not None and found.uid == cluster_uid:
@@ -269,6 +298,10 @@ class FakeKube:
         if version != str(self._world.version) or self._world.gone:
             raise Conflict("the object has been modified")
 
+    def _may(self, kind: str) -> None:
+        if kind in self._world.refused:
+            raise KubeError(self._world.refused[kind])
+
     def _up(self) -> None:
         if self._world.api_down:
             raise KubeError("down")
@@ -306,8 +339,8 @@ class FakeRay:
 
     async def submit(self, address: str, token: str, job: SubmitJob) -> None:
         found = self._at(address, token)
-        if found is None:
-            raise RayError("refused")
+        if found is None or "submit" in self._world.refused:
+            raise RayError(self._world.refused.get("submit", "refused"))
         self._world.called(after=False)
         if job.submission_id not in found.jobs:
             self._world.submissions.append(job.submission_id)
@@ -316,8 +349,8 @@ class FakeRay:
 
     async def stop(self, address: str, token: str, submission_id: str) -> None:
         found = self._at(address, token)
-        if found is None:
-            raise RayError("refused")
+        if found is None or "stop" in self._world.refused:
+            raise RayError(self._world.refused.get("stop", "refused"))
         self._world.called(after=False)
         if found.jobs.get(submission_id) in ("PENDING", "RUNNING"):
             found.jobs[submission_id] = "STOPPED"

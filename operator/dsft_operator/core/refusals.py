@@ -1,0 +1,48 @@
+"""What the status says when an action was refused: by the API server (quota, admission, rights) or by the Ray head.
+
+The action is tried again; whoever waits for it must be able to read why it does not happen.
+"""
+
+import re
+from datetime import datetime
+
+from dsft_api.conditions import WAITS, ConditionType, Phase, Reason
+from dsft_operator.config import OperatorConfig
+from dsft_operator.core.decision import Action, CreateChild, CreateCluster, CreateToken, Decision, SubmitJob
+from dsft_operator.core.observed import Observed
+from dsft_operator.core.summary import Fact, condition_of, report
+
+_SHOWN = 1500
+
+
+def refusal(seen: Observed, action: Action, words: str, now: datetime, config: OperatorConfig) -> Decision | None:
+    """The step after a refused action; None where the status has nothing to say about it."""
+    match action:
+        case CreateCluster(manifest):
+            return _not_made(seen, f"RayCluster {manifest['metadata']['name']}", words, now, config)
+        case CreateChild(manifest):
+            return _not_made(seen, f"{manifest['kind']} {manifest['metadata']['name']}", words, now, config)
+        case CreateToken(name):
+            return _not_made(seen, f"Secret {name}", words, now, config)
+        case SubmitJob(submission):
+            text = f"submission {submission} was not taken: {words}"[:_SHOWN]
+            fact = Fact(value=None, reason=Reason.RAY_UNREACHABLE, message=text)
+            wish = report(seen.run, now, Phase.STARTING, fact.reason, text, {ConditionType.JOB_SUBMITTED: fact})
+            return Decision(status=wish, requeue_after=config.intervals.provisioning_seconds)
+        case _:
+            return None
+
+
+def _not_made(seen: Observed, thing: str, words: str, now: datetime, config: OperatorConfig) -> Decision:
+    text = f"{thing} was refused: {words}"[:_SHOWN] + f" -> {WAITS[Reason.CLUSTER_REFUSED]}"
+    before = condition_of(seen.run.status, ConditionType.CLUSTER_READY)
+    if before is not None and _same(before.message, text):
+        # Words with a port or a time in them would be another status at each try, and each status another try.
+        return Decision(requeue_after=config.intervals.queued_seconds)
+    fact = Fact(value=False, reason=Reason.CLUSTER_REFUSED, message=text)
+    wish = report(seen.run, now, Phase.PROVISIONING, fact.reason, text, {ConditionType.CLUSTER_READY: fact})
+    return Decision(status=wish, requeue_after=config.intervals.provisioning_seconds)
+
+
+def _same(one: str, other: str) -> bool:
+    return re.sub(r"\d+", "", one) == re.sub(r"\d+", "", other)
