@@ -19,7 +19,7 @@ demo: venv ## Fine-tune a real model on real data here, export it and try it: th
 .PHONY: test
 test: venv lint verify ## Check style, types, generated files, and run every test but the benches and those on an API server
 	@# By file, since files share what takes long to make; two, since a start of ranks leaves one core idle.
-	$(BIN)/python -m pytest tests --ignore=tests/bench --ignore=tests/apiserver --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest tests --ignore=tests/bench --ignore=tests/apiserver --ignore=tests/e2e --numprocesses 2 --dist loadfile
 
 .PHONY: cluster-up
 cluster-up: venv ## Start the disposable test cluster, as root; prints its kubeconfig
@@ -32,6 +32,23 @@ cluster-down: venv ## End the test cluster, whatever state it is in; caches stay
 .PHONY: images
 images: cluster-up ## Build the operator's and trainer's images, and push them to the test cluster's registry
 	@$(BIN)/python -m tests.cluster.images
+
+.PHONY: demo-cluster
+demo-cluster: venv ## The quickstart on the test cluster: what kubectl shows until it succeeded, and where the model is
+	@$(BIN)/python -m tests.cluster.demo
+
+# On the cluster that KUBECONFIG names, else on the test cluster, which stays up.
+.PHONY: e2e-smoke
+e2e-smoke: venv ## On a cluster: the quickstart from kubectl apply to the exported model
+	$(BIN)/python -m pytest tests/e2e -v -m smoke
+
+.PHONY: e2e
+e2e: venv ## On a cluster: also failures, suspend, kills of the operator, the dsft command
+	$(BIN)/python -m pytest tests/e2e -v -m "not long"
+
+.PHONY: e2e-long
+e2e-long: venv ## On a cluster: what takes longer
+	$(BIN)/python -m pytest tests/e2e -v -m long
 
 ##@ Develop
 

@@ -1,0 +1,64 @@
+"""Manifests of these tests: the quickstart as it is, and runs of a tiny model whose training takes seconds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.cli.command import edited
+from tests.cluster.crds import ROOT
+from tests.e2e.s3 import Bucket
+
+Document = dict[str, Any]
+QUICKSTART = ROOT / "examples" / "quickstart.yaml"
+QUICKSTART_NAME = "verse-paraphrase"
+# More than any test waits for.
+ENDLESS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Assets:
+    """A model of a few thousand weights and 64 rows, where pods find them."""
+
+    model: str
+    data: str
+
+    @classmethod
+    def put(cls, bucket: Bucket, folder: Path) -> "Assets":
+        """Make them in `folder`, and upload them."""
+        # Takes transformers with it, seconds that a selection without these runs does not need.
+        from tests.trainer import tiny
+
+        model, data = tiny.bert(folder / "model"), tiny.dataset(folder, "classification")
+        return cls(bucket.upload(model, "assets/model"), bucket.upload(data, f"assets/{data.name}"))
+
+
+def tiny_run(
+    name: str, assets: Assets, *, steps: int, nodes: int = 2, edits: Mapping[str, Any] | None = None
+) -> Document:
+    """A run on CPU pods. What is left out (storage, image) is the admin's. `edits`: other fields, by their paths."""
+    manifest = {
+        "apiVersion": "dsft.dev/v1alpha1",
+        "kind": "DeepSpeedFineTune",
+        "metadata": {"name": name},
+        "spec": {
+            "model": {"uri": assets.model, "task": "sequence-classification"},
+            "data": {
+                "train": {"uri": assets.data, "format": "classification"},
+                "evalFraction": 0.25,
+                "maxLength": 64,
+            },
+            "training": {
+                "maxSteps": steps,
+                "globalBatchSize": 8,
+                "optimizer": {"learningRate": 1.0e-3},
+                "schedule": {"type": "constant"},
+                "precision": "fp32",
+            },
+            "execution": {"device": "cpu", "microBatchSize": 4},
+            "nodePools": [{"name": "cpu", "nodes": nodes, "gpusPerNode": 0}],
+            "checkpoint": {"everySteps": max(1, steps // 3)},
+            "tracking": {"tensorboard": False},
+        },
+    }
+    return edited(manifest, edits or {})
