@@ -119,7 +119,9 @@ class ControlPlane:
         files = [f"--filename={manifest}" for manifest in manifests]
         # Server-side: the RayCluster's is too large for the annotation of a client-side apply.
         self.kubectl("apply", "--server-side", *files)
-        self.kubectl("wait", "--for=condition=Established", "--timeout=30s", *files)
+        # kubectl fails on an object whose status has no conditions yet.
+        for fact in ("jsonpath={.status.conditions}", "condition=Established"):
+            self.kubectl("wait", f"--for={fact}", "--timeout=30s", *files)
 
     def start_controller_manager(self, *controllers: str, program: Path | None = None) -> Process:
         """Start kube-controller-manager with these controllers, or the usual ones; returns when it is ready.
