@@ -94,7 +94,13 @@ class CheckpointRef(ApiModel):
     world_size: int = Field(description="Ranks that wrote it.")
     bytes: int = Field(description="Size in bytes.")
     time: Time = Field(description="When it was committed.")
-    metrics: Metrics = Field(default_factory=dict[str, float], description="Evaluation metrics of that step, if any.")
+    # Left out where there are none: the API server makes null, which it then refuses, of an empty object that is applied in
+    # place of one with fields.
+    metrics: Metrics = Field(
+        default_factory=dict[str, float],
+        exclude_if=lambda metrics: not metrics,
+        description="Evaluation metrics of that step, if any.",
+    )
     digest: str = Field(description="sha256:... of its COMMIT.json.")
 
 

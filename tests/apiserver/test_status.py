@@ -32,6 +32,16 @@ def test_what_is_left_out_of_the_next_apply_goes(runs):
     assert [each["type"] for each in status["conditions"]] == ["Reconciling"]
 
 
+def test_a_checkpoint_without_metrics_follows_one_with_them(runs):
+    """The API server makes null of an empty object that takes the place of one with fields."""
+    runs.create(MANIFEST)
+    latest = WHOLE["checkpoints"]["latest"]
+    for metrics in ({"accuracy": 0.9}, {}, {"loss": 0.1}):
+        status = FineTuneStatus.model_validate({"checkpoints": {"latest": {**latest, "metrics": metrics}}})
+        runs.apply_status("chat", status.to_wire())
+        assert runs.get("chat")["status"]["checkpoints"]["latest"].get("metrics", {}) == metrics
+
+
 def test_stale_version_is_a_conflict(runs):
     created = runs.create(MANIFEST)["metadata"]
     first = runs.apply_status("chat", {"attempt": 1}, resourceVersion=created["resourceVersion"])

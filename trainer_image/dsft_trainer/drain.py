@@ -4,16 +4,24 @@ Reached through the run's Relay actor. Where there is none, or nothing answers, 
 """
 
 import os
+import socket
 import sys
+import threading
 import time
 
 DRAIN_SECONDS_ENV = "DSFT_DRAIN_SECONDS"
+RAY_ADDRESS_ENV = "RAY_ADDRESS"
 POLL_SECONDS = 0.5
 ANSWER_SECONDS = 10.0
+# A head that can't be reached for so long is gone, and the run with it. Ray itself would try for minutes, in which a node that
+# is wanted elsewhere waits.
+HEAD_GONE_SECONDS = 4.0
 
 
 def drain() -> int:
     """Wait until every run on the cluster ended, DSFT_DRAIN_SECONDS at most; always exit code 0."""
+    if address := os.environ.get(RAY_ADDRESS_ENV):
+        threading.Thread(target=_end_without_head, args=(address,), daemon=True).start()
     import ray
 
     from dsft_trainer.runtime.ray import NAMESPACE
@@ -30,3 +38,19 @@ def drain() -> int:
         # Also the way in which a run's end looks from here: its Relay ends with it.
         sys.stderr.write(f"nothing to drain: {error}\n")
     return 0
+
+
+def _end_without_head(address: str) -> None:
+    """End this process once nothing has listened at HOST:PORT for a while."""
+    host, _, port = address.rpartition(":")
+    seen = time.monotonic()
+    while time.monotonic() - seen < HEAD_GONE_SECONDS:
+        try:
+            socket.create_connection((host, int(port)), timeout=1).close()
+        except OSError:
+            pass
+        else:
+            seen = time.monotonic()
+        time.sleep(POLL_SECONDS)
+    sys.stderr.write(f"nothing to drain: the head at {address} is gone\n")
+    os._exit(0)
