@@ -21,6 +21,8 @@ from dsft_operator.core.pods import pod_template_problems
 Json = Mapping[str, Any]
 
 RAY_CONTAINERS = ("ray-head", "ray-worker")
+# Reasons of a failed pod, by the kubelet, that are not the pod's own doing (Kubernetes 1.29 and later add DisruptionTarget).
+_DISRUPTIONS = ("Evicted", "Preempting", "Terminated", "NodeShutdown", "Shutdown", "NodeLost")
 # KubeRay's init container of workers.
 WAIT_CONTAINER = "wait-gcs-ready"
 # The head needs minutes to be ready, so its own words (an image, a crash) count before its condition.
@@ -194,7 +196,7 @@ def pod_of(raw: Json) -> Pod:
         waits_for_head=any(c["name"] == WAIT_CONTAINER and "running" in _state(c) for c in containers),
         preparing_since=_time(scheduled.get("lastTransitionTime")) if preparing else None,
         image_id=next((c["imageID"] for c in containers if c["name"] in RAY_CONTAINERS and c.get("imageID")), None),
-        ended=tuple(_ended(meta["name"], role, node, containers)),
+        ended=(*_ended(meta["name"], role, node, containers), *_pod_ended(meta["name"], role, node, status)),
     )
 
 
@@ -219,4 +221,18 @@ def _ended(pod: str, role: Literal["head", "worker"], node: str | None, containe
                     reason=end.get("reason", ""),
                     exit_code=end.get("exitCode", 0),
                     message=end.get("message", "")[-1000:],
+                    at=_time(end.get("finishedAt")),
                 )
+
+
+def _pod_ended(pod: str, role: Literal["head", "worker"], node: str | None, status: Json) -> Iterator[Ended]:
+    """Why a pod as a whole has to go: what no container of it says."""
+    for condition in status.get("conditions", ()):
+        if condition["type"] == "DisruptionTarget" and condition.get("status") == "True":
+            reason, message = condition.get("reason", ""), condition.get("message", "")[-1000:]
+            at = _time(condition.get("lastTransitionTime"))
+            yield Ended(pod, role, node, reason, message=message, at=at, disrupted=True)
+            return
+    if status.get("phase") == "Failed" and status.get("reason"):
+        disrupted = status["reason"] in _DISRUPTIONS
+        yield Ended(pod, role, node, status["reason"], message=status.get("message", "")[-1000:], disrupted=disrupted)

@@ -8,19 +8,23 @@ from dsft_api.progress import Progress, TrainerPhase
 from dsft_api.status import FineTuneStatus, JobStatus, Resolved
 from dsft_operator.config import OperatorConfig
 from dsft_operator.core import attempts
-from dsft_operator.core.cluster_rules import failed
+from dsft_operator.core.cluster_rules import failed, is_whole
 from dsft_operator.core.decision import Action, Decision, DeleteCluster, StopJob
-from dsft_operator.core.failures import Cause, classify, report_of
+from dsft_operator.core.failures import Cause, classify, is_echo, loss, report_of, with_evidence
 from dsft_operator.core.observed import Head, Observed, RayJob, Unknown
 from dsft_operator.core.resource_rules import SOON, driver_runs, live_cluster
 from dsft_operator.core.submission import submission
 from dsft_operator.core.summary import Fact, condition_of, report
+from dsft_operator.core.waiting import explain
 
 # A busy head misses some requests; a dead one is told by its session as soon as it is back.
 UNREACHABLE_SECONDS = 180
 # How long the last progress document may take after the driver's end.
 LAST_WORD_SECONDS = 20
+# How long the kubelet may take to tell how a container ended whose end the driver felt at once.
+EVIDENCE_SECONDS = 5
 _READY = Fact(value=True, reason="AllPodsReady")
+_LACKING = "; meanwhile "
 
 
 def unsubmitted(seen: Observed, now: datetime, config: OperatorConfig) -> Decision | None:
@@ -53,9 +57,9 @@ def lost(seen: Observed, now: datetime, config: OperatorConfig) -> Decision | No
         return again(seen, now, Cause(FailureClass.PREEMPTED, "the queue took the nodes back"))
     known = status.ray_cluster
     if isinstance(seen.head, Head) and known is not None and seen.head.session != known.session:
-        return again(seen, now, Cause(FailureClass.HEAD_LOST, "the Ray head restarted"))
+        return again(seen, now, loss(seen, "the Ray head restarted"))
     if isinstance(seen.head, Head) and seen.job is None:
-        return again(seen, now, Cause(FailureClass.HEAD_LOST, "Ray does not know the submission any more"))
+        return again(seen, now, loss(seen, "Ray does not know the submission any more"))
     if isinstance(seen.head, Head) and not isinstance(seen.job, Unknown):
         return None
     words = next((part.reason for part in (seen.head, seen.job) if isinstance(part, Unknown)), "the head is not ready")
@@ -80,8 +84,36 @@ def running(seen: Observed, now: datetime, config: OperatorConfig) -> Decision |
         return Decision((StopJob(job.submission_id), *decision.actions), decision.status, decision.requeue_after)
     phase, message = _doing(seen, progress)
     told = _told(seen, job, progress)
-    wish = report(run, now, phase, _REASONS[phase], message, _facts(run.status, told), **told)
+    facts = _facts(run.status, told)
+    cluster = live_cluster(seen)
+    if cluster is not None and not is_whole(seen):
+        lacking = explain(spec, seen, cluster)
+        if (overdue := _overdue(seen, now, job, lacking)) is not None:
+            return overdue
+        facts[ConditionType.CLUSTER_READY] = lacking
+        message = f"{message.partition(_LACKING)[0]}{_LACKING}{lacking.message}"
+    wish = report(run, now, phase, _REASONS[phase], message, facts, **told)
     return Decision(status=wish, requeue_after=config.intervals.running_seconds)
+
+
+def _overdue(seen: Observed, now: datetime, job: RayJob, lacking: Fact) -> Decision | None:
+    """Lost pods have not come back within the deadline: the ranks that are left wait in vain."""
+    status, spec = seen.run.status, seen.run.spec
+    before = condition_of(status, ConditionType.CLUSTER_READY)
+    bound = spec.deadlines.provision_seconds if spec is not None else None
+    if bound is None or before is None or before.status == "True":
+        return None
+    if (now - before.last_transition_time).total_seconds() < bound:
+        return None
+    words = f"the nodes of the attempt were not whole again within {bound} s ({lacking.reason}: {lacking.message})"
+    decision = failed(
+        seen,
+        now,
+        Cause(FailureClass.PROVISION_TIMEOUT, words),
+        {ConditionType.CLUSTER_READY: lacking},
+        **_told(seen, job, report_of(seen)),
+    )
+    return Decision((StopJob(job.submission_id),), decision.status, decision.requeue_after)
 
 
 def over(seen: Observed, now: datetime, _config: OperatorConfig) -> Decision | None:
@@ -101,12 +133,18 @@ def over(seen: Observed, now: datetime, _config: OperatorConfig) -> Decision | N
         facts = _facts(run.status, told)
         wish = report(run, now, Phase.SUCCEEDED, Reason.SUCCEEDED, message, facts, completion_time=now, **told)
         return Decision(status=wish, requeue_after=0)
-    return again(seen, now, _cause(seen, job, progress))
+    cause = _cause(seen, job, progress)
+    age = (now - job.ended).total_seconds() if job.ended is not None else EVIDENCE_SECONDS
+    if is_echo(cause) and 0 <= age < EVIDENCE_SECONDS:
+        return Decision(requeue_after=SOON)
+    # A head that lost its driver is not whole, whatever its readiness says.
+    return again(seen, now, cause, *(_broken(seen) if cause.failure_class is FailureClass.HEAD_LOST else ()))
 
 
 def again(seen: Observed, now: datetime, cause: Cause, *actions: Action) -> Decision:
     """Close the attempt: the next one follows where that can help, else the run has failed."""
     status, spec = seen.run.status, seen.run.spec
+    cause = with_evidence(cause, seen)
     job = seen.job if isinstance(seen.job, RayJob) else None
     changes = _told(seen, job, report_of(seen))
     changes |= attempts.ended(status.model_copy(update=changes), spec, now, cause)
@@ -199,9 +237,13 @@ def _silent_seconds(status: FineTuneStatus, now: datetime) -> float:
 
 def _given_up(seen: Observed, now: datetime, silent: float, words: str) -> Decision:
     """The head is broken: the next attempt gets another cluster."""
+    cause = loss(seen, f"the Ray head gave no good answer for {silent:.0f} s: {words}")
+    return again(seen, now, cause, *_broken(seen))
+
+
+def _broken(seen: Observed) -> tuple[DeleteCluster, ...]:
     cluster = live_cluster(seen)
-    cause = Cause(FailureClass.HEAD_LOST, f"the Ray head gave no good answer for {silent:.0f} s: {words}")
-    return again(seen, now, cause, *(() if cluster is None else (DeleteCluster(cluster.name, cluster.uid),)))
+    return () if cluster is None else (DeleteCluster(cluster.name, cluster.uid),)
 
 
 def _doing(seen: Observed, progress: Progress | None) -> tuple[Phase, str]:

@@ -1,6 +1,7 @@
 """How an attempt failed, from the best witness there is: the trainer's own report, then Kubernetes, then Ray."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 
 from dsft_api.conditions import ExitCode, FailureClass
 from dsft_api.progress import Progress
@@ -20,6 +21,9 @@ _BY_EXIT_CODE = {
 _RAY_OOM = ("running low on memory", "OutOfMemoryError")
 # Classes that may be only the echo of a node's trouble, which Kubernetes saw.
 _ECHOES = (FailureClass.UNKNOWN, FailureClass.WORKER_LOST, FailureClass.USER_CODE)
+# Between the clocks of nodes and operator; attempts are further apart (intervals.backoffSeconds).
+_CLOCK_SLACK = timedelta(seconds=5)
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -38,15 +42,15 @@ class Cause:
 def classify(seen: Observed, spec: FineTuneSpec, job: RayJob) -> Cause:
     """The cause of a submission that did not succeed."""
     told = _told(seen)
-    killed = _oom_killed(seen.evidence)
     if told is not None and told.failure_class not in _ECHOES:
         return told
-    if killed is not None:
-        text = f"{killed.pod} on {killed.node} was out of memory ({killed.reason}, exit code {killed.exit_code})"
-        return Cause(FailureClass.HOST_OOM, text, killed.exit_code)
+    if (killed := _oom_killed(evidence_of(seen))) is not None:
+        return killed
     words = f"{job.message} {told.message if told else ''}"
     if any(sign in words for sign in _RAY_OOM):
         return Cause(FailureClass.HOST_OOM, _last_line(words, _RAY_OOM), job.exit_code)
+    if (taken := _disrupted(evidence_of(seen))) is not None:
+        return taken
     if told is not None:
         return told
     if job.error_type and job.error_type.startswith("JOB_SUPERVISOR_ACTOR"):
@@ -54,6 +58,35 @@ def classify(seen: Observed, spec: FineTuneSpec, job: RayJob) -> Cause:
     by_code = _BY_EXIT_CODE.get(ExitCode(job.exit_code)) if job.exit_code in set(ExitCode) else None
     unknown = FailureClass.USER_CODE if spec.program is not None else FailureClass.UNKNOWN
     return Cause(by_code or unknown, _tail(job.message) or f"the driver ended as {job.state}", job.exit_code)
+
+
+def loss(seen: Observed, message: str) -> Cause:
+    """The cause of an attempt that cannot be followed any more: what Kubernetes saw, else the head is lost."""
+    evidence = evidence_of(seen)
+    return _oom_killed(evidence) or _disrupted(evidence) or Cause(FailureClass.HEAD_LOST, message)
+
+
+def with_evidence(cause: Cause, seen: Observed) -> Cause:
+    """The cause with how containers ended in this attempt, for the book: the pods are about to go."""
+    seen_ends = [str(ended) for ended in evidence_of(seen)[-_SHOWN:]]
+    ends = "; ".join(dict.fromkeys(text for text in seen_ends if text not in cause.message))
+    if not ends:
+        return cause
+    return replace(cause, message=f"{cause.message[:500]} (seen: {ends[:400]})")
+
+
+def is_echo(cause: Cause) -> bool:
+    """Whether Kubernetes may know better than the trainer, a moment later."""
+    return cause.failure_class in _ECHOES
+
+
+def evidence_of(seen: Observed) -> tuple[Ended, ...]:
+    """How containers ended in the current attempt: a pod also shows ends of the attempts before."""
+    last = seen.run.status.attempts[-1] if seen.run.status.attempts else None
+    if last is None:
+        return seen.evidence
+    since = last.start_time - _CLOCK_SLACK
+    return tuple(ended for ended in seen.evidence if ended.at is None or ended.at >= since)
 
 
 def report_of(seen: Observed) -> Progress | None:
@@ -72,8 +105,18 @@ def _told(seen: Observed) -> Cause | None:
     return Cause(failure.failure_class, failure.message, failure.exit_code, failure.remedy)
 
 
-def _oom_killed(evidence: tuple[Ended, ...]) -> Ended | None:
-    return next((ended for ended in evidence if ended.reason == "OOMKilled"), None)
+def _oom_killed(evidence: tuple[Ended, ...]) -> Cause | None:
+    killed = next((ended for ended in evidence if ended.reason == "OOMKilled"), None)
+    if killed is None:
+        return None
+    text = f"the kernel killed it for memory: {killed}"
+    remedy = "give the head more memory in spec.head.resources" if killed.role == "head" else None
+    return Cause(FailureClass.HOST_OOM, text, killed.exit_code, remedy)
+
+
+def _disrupted(evidence: tuple[Ended, ...]) -> Cause | None:
+    taken = next((ended for ended in evidence if ended.disrupted), None)
+    return Cause(FailureClass.PREEMPTED, f"Kubernetes took a pod away: {taken}") if taken is not None else None
 
 
 def _last_line(text: str, signs: tuple[str, ...]) -> str:

@@ -78,14 +78,22 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a container ended."""
+    """How a container ended, or why its pod had to go. Kept in memory, since KubeRay deletes failed pods at once."""
 
     pod: str
     role: Literal["head", "worker"]
     node: str | None
     reason: str
-    exit_code: int
+    exit_code: int | None = None  # of a container
     message: str = ""
+    at: datetime | None = None
+    disrupted: bool = False  # Kubernetes took the pod away: preempted, evicted, its node drained or lost
+
+    def __str__(self) -> str:
+        words = f"{self.role} {self.pod} on {self.node or 'no node'}: {self.reason or 'ended'}"
+        code = "" if self.exit_code is None else f", exit code {self.exit_code}"
+        last = self.message.strip().rpartition("\n")[2]
+        return f"{words}{code}{f': {last[:200]}' if last else ''}"
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,8 @@ class Reconciler:
         if decision.status is not None and decision.status.to_wire() != run.status.to_wire():
             await self._kube.apply_status(run, decision.status, version)
             await self._tell(run, decision.status)
+            if decision.status.completion_time is not None:
+                self.evidence.forget(key)
         return decision.requeue_after
 
     async def _observe(self, key: Key, run: Run) -> Observed:

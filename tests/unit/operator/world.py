@@ -72,6 +72,7 @@ class World:
     kuberay: bool = True
     api_down: bool = False
     ray_down: bool = False
+    pods: tuple[Pod, ...] = ()
     hold: bool = False  # drivers stand still
     refused: dict[str, str] = field(default_factory=dict[str, str])  # kind or verb -> the words it is refused with
     said: dict[str, Queueing | tuple[Warned, ...]] = field(default_factory=dict[str, Any])  # uid -> what its owner says
@@ -223,7 +224,7 @@ class FakeKube:
         )
 
     async def pods(self, key: Key, cluster: str) -> tuple[Pod, ...]:
-        return ()
+        return self._world.pods
 
     async def queueing(self, key: Key, cluster_uid: str) -> Queueing | None:
         self._up()
