@@ -133,11 +133,20 @@ def _base_image() -> str:
 
 
 def _forget_pulled(keep: set[str]) -> None:
-    """Let containerd drop earlier builds: each has gigabytes, and only these digests will be asked for."""
+    """Let containerd drop earlier builds: each has gigabytes, and only these digests will be asked for.
+
+    But not the last ones before these: most layers are the same, and without them all would be pulled and unpacked anew.
+    """
+    record = FOLDERS.kept_containerd / "built.json"
+    last: list[list[str]] = json.loads(record.read_text()) if record.exists() else []
+    if sorted(keep) not in last[:1]:
+        last = [sorted(keep), *last][:2]
+        record.write_text(json.dumps(last))
     lines = ctr("images", "list").splitlines()[1:]
     pulled = [line.split() for line in lines]
     ours = {digest for reference, _, digest, *_ in pulled if reference.startswith(f"{REGISTRY}/dsft-")}
-    if old := [reference for reference, _, digest, *_ in pulled if digest in ours - keep]:
+    doomed = ours.difference(*last)
+    if old := [reference for reference, _, digest, *_ in pulled if digest in doomed]:
         ctr("images", "delete", *old)
 
 

@@ -1,5 +1,6 @@
 """The world of these tests: a cluster with KubeRay, the operator in it as a pod, S3, and a namespace for each test."""
 
+import hashlib
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ HERE = Path(__file__).resolve().parent
 # Marks the namespaces, so that the next session removes what a killed one left.
 LABEL = "dsft.dev/e2e"
 TEST_SECONDS = 1500
+PULL_SECONDS = 600
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,9 @@ def bucket(world: World) -> Iterator[Bucket]:
 
 @pytest.fixture(scope="session")
 def operator(world: World, bucket: Bucket) -> Iterator[Install]:
-    """The operator as a pod, with the storage of this session as the admin's default."""
+    """The operator as a pod, with the storage of this session as the admin's default; the trainer's image is pulled then."""
     _sweep(world.kubectl)
+    _pull(world)
     yield Install.apply(world.kubectl, world.images, world.cluster.storage, bucket.uri)
     if not world.cluster.disposable:
         world.kubectl("delete", "namespace", NAMESPACE, "--wait=false")
@@ -175,6 +178,21 @@ def followed(tenants: Tenants, assets: Assets, tmp_path_factory: pytest.TempPath
     """A tiny run, followed by the `dsft` command and finished."""
     with tenants() as tenant:
         yield follow(tenant, assets, tmp_path_factory.mktemp("followed"))
+
+
+def _pull(world: World) -> None:
+    """Have a node pull the trainer's image, so that no test waits for gigabytes."""
+    # The name says which image: a pod of that name has pulled it.
+    pod = f"pull-{hashlib.sha256(world.images.trainer.encode()).hexdigest()[:12]}"
+    kubectl = world.kubectl.within("default")
+    run = ("run", pod, f"--image={world.images.trainer}", "--restart=Never", "--command", "--", "true")
+    try:
+        kubectl(*run)
+    except KubectlError as error:
+        if "already exists" not in str(error):
+            raise
+    succeeded = "--for=jsonpath={.status.phase}=Succeeded"
+    kubectl("wait", succeeded, f"pod/{pod}", f"--timeout={PULL_SECONDS}s", seconds=PULL_SECONDS + 10)
 
 
 def _sweep(kubectl: Kubectl) -> None:

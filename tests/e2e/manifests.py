@@ -57,6 +57,8 @@ def tiny_run(
             },
             "execution": {"device": "cpu", "microBatchSize": 4},
             "nodePools": [{"name": "cpu", "nodes": nodes, "gpusPerNode": 0}],
+            # Many at once on a small machine: what is asked for here is not what limits them.
+            "head": {"resources": {"requests": {"cpu": "10m", "memory": "512Mi"}, "limits": {"memory": "6Gi"}}},
             "checkpoint": {"everySteps": max(1, steps // 3)},
             "tracking": {"tensorboard": False},
         },
