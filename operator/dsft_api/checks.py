@@ -169,7 +169,7 @@ def batch_fits_pools(spec: FineTuneSpec) -> Iterator[Problem]:
     if spec.execution.device == "cuda" and spec.gpus == 0:
         yield Problem("spec.execution.device", "no pool has GPUs", "set gpusPerNode, or use device cpu", "cuda")
     per_node = {pool.gpus_per_node or 1 for pool in spec.node_pools}
-    together = per_node.pop() if len(per_node) == 1 and spec.ranks == spec.gpus else 1
+    together = per_node.pop() if len(per_node) == 1 and spec.trains_on_gpus else 1
     try:
         plan_batch(spec.training.global_batch_size, spec.ranks, spec.execution.micro_batch_size, together)
     except BatchError as error:

@@ -124,11 +124,14 @@ class FineTuneSpec(ApiModel):
         return sum(pool.nodes * pool.gpus_per_node for pool in self.node_pools)
 
     @property
+    def trains_on_gpus(self) -> bool:
+        """Whether each rank has a GPU of the pools. GPUs that `execution.device: cpu` leaves alone are held all the same."""
+        return self.gpus > 0 and self.execution.device != "cpu"
+
+    @property
     def ranks(self) -> int:
         """Ranks the pools ask for: one per GPU, or one per node on CPU; 0 when there are no pools."""
-        if self.execution.device == "cpu" or self.gpus == 0:
-            return sum(pool.nodes for pool in self.node_pools)
-        return self.gpus
+        return self.gpus if self.trains_on_gpus else sum(pool.nodes for pool in self.node_pools)
 
     def train_sources(self) -> Iterator[DatasetSource]:
         """All training data sets, in manifest order."""

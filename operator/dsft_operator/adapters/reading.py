@@ -16,7 +16,8 @@ from dsft_api.status import FineTuneStatus
 from dsft_operator.config import OperatorConfig
 from dsft_operator.core import naming
 from dsft_operator.core.observed import Cluster, Ended, Pod, Run, Warned
-from dsft_operator.core.pods import pod_template_problems
+from dsft_operator.core.pods import pod_problems
+from dsft_operator.core.submission import too_large
 
 Json = Mapping[str, Any]
 
@@ -64,7 +65,7 @@ def _spec(raw: Json, config: OperatorConfig) -> tuple[FineTuneSpec | None, str |
             ),
         )
     given = resource.spec
-    problems = (*check(resource), *pod_template_problems(given), *_lacking(given, config))
+    problems = (*check(resource), *pod_problems(given), *too_large(given), *_lacking(given, config))
     return with_defaults(given, config), spec_hash(given), problems
 
 

@@ -4,6 +4,7 @@ What a tenant may add is an allow-list (`POD_TEMPLATE_FIELDS`); everything else 
 after the user's, and win.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -34,13 +35,27 @@ TRAINER_UID = 1000
 # Room for the last upload after the commit was asked for, and for Ray to go down.
 _GRACE_SECONDS = 30
 _SHM_WITHOUT_LIMIT = "2Gi"
+# KubeRay's own probe waits 10 s before it asks: here a pod is ready as soon as it is. After that it may be silent as long
+# as with KubeRay's, 50 s. The endpoint is that of KubeRay 1.6 and later for Ray 2.53 and later.
+_HEALTH_SINCE = (2, 53)
+_READINESS: Manifest = {
+    "httpGet": {"path": "/api/healthz", "port": 52365},
+    "initialDelaySeconds": 1,
+    "periodSeconds": 2,
+    "timeoutSeconds": 5,
+    "failureThreshold": 25,
+}
+_HEAD_GROUPS = ("head", "headgroup")
+# Whoever could set these could switch off the token that guards the head, or speak to the trainer as the operator.
+_RESERVED_PREFIXES = ("RAY_AUTH_", "DSFT_", "KUBERAY_")
+_RESERVED = {"RAY_ADDRESS", "RAY_PORT", "RAY_IP", "FQ_RAY_IP", "RAY_CLUSTER_NAME"}
 DRAIN_COMMAND = ["python", "-m", "dsft_trainer", "drain"]
 
 
 def head_pod(spec: FineTuneSpec, config: OperatorConfig, labels: Mapping[str, str]) -> Manifest:
     """The pod template of the head: the driver and Ray's bookkeeping, no rank."""
     resources = _resources(spec.head.resources) or dict(_HEAD_RESOURCES)
-    container = _container(spec, config, "ray-head", resources) | {
+    container = _container(spec, config, "ray-head", resources, _head_environment(spec)) | {
         "ports": [
             {"name": "gcs-server", "containerPort": 6379},
             {"name": "dashboard", "containerPort": config.ray.dashboard_port},
@@ -48,39 +63,52 @@ def head_pod(spec: FineTuneSpec, config: OperatorConfig, labels: Mapping[str, st
             {"name": "metrics", "containerPort": 8080},
         ],
     }
-    container["env"] += [
-        {"name": "RAY_JOB_STOP_SIGNAL", "value": "SIGINT"},
-        {"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": str(spec.checkpoint.drain_seconds + _GRACE_SECONDS)},
-    ]
     pod = _pod(spec, config, container, labels)
     # The head outlives the workers' drain: they commit through it.
     pod["spec"]["terminationGracePeriodSeconds"] = spec.checkpoint.drain_seconds + 2 * _GRACE_SECONDS
     pod["spec"] |= _placed(spec.head.node_selector, spec.head.tolerations)
+    if spec.node_pools and (priority := spec.node_pools[0].priority_class_name):
+        # Whoever preempts the head ends the attempt of all workers.
+        pod["spec"]["priorityClassName"] = priority
     return pod
 
 
 def worker_pod(spec: FineTuneSpec, pool: NodePool, config: OperatorConfig, labels: Mapping[str, str]) -> Manifest:
     """The pod template of one pool."""
     resources = _with_gpus(pool, config)
-    container = _container(spec, config, "ray-worker", resources)
+    container = _container(spec, config, "ray-worker", resources, _worker_environment(pool))
     pod = _pod(spec, config, container, labels)
     body = pod["spec"] | _placed(pool.node_selector, pool.tolerations)
     if pool.runtime_class_name:
         body["runtimeClassName"] = pool.runtime_class_name
     if pool.priority_class_name:
         body["priorityClassName"] = pool.priority_class_name
-    container["env"].append({"name": "DSFT_SCRATCH", "value": "/scratch"})
     container["volumeMounts"].append({"name": "scratch", "mountPath": "/scratch"})
     body["volumes"] = [*body["volumes"], {"name": "scratch", **_scratch(pool)}]
     if pool.model_cache:
-        container["env"].append({"name": "HF_HOME", "value": "/model-cache"})
         container["volumeMounts"].append({"name": "model-cache", "mountPath": "/model-cache"})
         claim = {"persistentVolumeClaim": {"claimName": pool.model_cache.claim_name}}
         body["volumes"] = [*body["volumes"], {"name": "model-cache", **claim}]
     return _merged({**pod, "spec": body}, pool.pod_template or {})
 
 
-def pod_template_problems(spec: FineTuneSpec) -> Iterator[Problem]:
+def pod_problems(spec: FineTuneSpec) -> Iterator[Problem]:
+    """What a user may not say about pods, since the operator, Ray or KubeRay says it."""
+    yield from _template_problems(spec)
+    for index, pool in enumerate(spec.node_pools):
+        if pool.name in _HEAD_GROUPS:
+            field = field_name(("spec", "nodePools", index, "name"))
+            yield Problem(field, "is the name of the head's group", "give the pool another name", pool.name)
+    ours = {variable["name"] for variable in _system_environment(spec)} | _RESERVED
+    ours |= {name for extra in (_head_environment(spec), *map(_worker_environment, spec.node_pools)) for name in extra}
+    for index, variable in enumerate(spec.env):
+        if variable.name in ours or variable.name.startswith(_RESERVED_PREFIXES):
+            field = field_name(("spec", "env", index, "name"))
+            remedy = "remove it; storage, checkpoint, execution and nodePools set what may be chosen of it"
+            yield Problem(field, "is set by the operator", remedy, variable.name)
+
+
+def _template_problems(spec: FineTuneSpec) -> Iterator[Problem]:
     """A problem for each field of a pod template that is not on the allow-list."""
     for index, pool in enumerate(spec.node_pools):
         for part, value in (pool.pod_template or {}).items():
@@ -88,10 +116,16 @@ def pod_template_problems(spec: FineTuneSpec) -> Iterator[Problem]:
             if part not in POD_TEMPLATE_FIELDS or not isinstance(value, dict):
                 yield Problem(field_name(path), "may not be set", f"use {' and '.join(POD_TEMPLATE_FIELDS)} only")
                 continue
-            for name in cast("dict[str, Any]", value):
+            for name, given in cast("dict[str, Any]", value).items():
                 if name not in POD_TEMPLATE_FIELDS[part]:
                     allowed = ", ".join(POD_TEMPLATE_FIELDS[part])
                     yield Problem(field_name((*path, name)), "may not be set", f"remove it; allowed: {allowed}")
+                elif part == "metadata" and not _is_string_map(given):
+                    yield Problem(field_name((*path, name)), "is no mapping of strings", 'write name: "value"')
+
+
+def _is_string_map(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, str) for item in cast("dict[str, object]", value).values())
 
 
 def _pod(spec: FineTuneSpec, config: OperatorConfig, container: Manifest, labels: Mapping[str, str]) -> Manifest:
@@ -126,7 +160,9 @@ def _pod(spec: FineTuneSpec, config: OperatorConfig, container: Manifest, labels
     return {"metadata": {"labels": dict(labels), "annotations": dict(_ANNOTATIONS)}, "spec": body}
 
 
-def _container(spec: FineTuneSpec, config: OperatorConfig, name: str, resources: Manifest) -> Manifest:
+def _container(
+    spec: FineTuneSpec, config: OperatorConfig, name: str, resources: Manifest, environment: Mapping[str, str]
+) -> Manifest:
     mounts: list[Manifest] = [{"name": "shm", "mountPath": "/dev/shm"}]  # noqa: S108
     if spec.storage.volume:
         mounts.append({"name": "storage", "mountPath": spec.storage.volume.mount_path})
@@ -136,21 +172,38 @@ def _container(spec: FineTuneSpec, config: OperatorConfig, name: str, resources:
         "name": name,
         "image": spec.image.trainer or config.image.trainer,
         "resources": resources,
-        "env": _environment(spec),
+        "env": _environment(spec, environment),
         "envFrom": [source.to_wire() for source in spec.env_from],
         "volumeMounts": mounts,
         "lifecycle": {"preStop": {"exec": {"command": DRAIN_COMMAND}}},
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
         "terminationMessagePolicy": "FallbackToLogsOnError",
     }
+    if _has_health_endpoint(config.ray.version):
+        container["readinessProbe"] = dict(_READINESS)
     policy = spec.image.pull_policy or config.image.pull_policy
     return container | {"imagePullPolicy": policy} if policy else container
 
 
-def _environment(spec: FineTuneSpec) -> list[Manifest]:
-    system = list(_system_environment(spec))
+def _has_health_endpoint(ray_version: str) -> bool:
+    found = re.match(r"v?(\d+)\.(\d+)", ray_version)
+    return found is not None and (int(found[1]), int(found[2])) >= _HEALTH_SINCE
+
+
+def _environment(spec: FineTuneSpec, environment: Mapping[str, str]) -> list[Manifest]:
+    system = [*_system_environment(spec), *({"name": name, "value": value} for name, value in environment.items())]
     names = {variable["name"] for variable in system}
     return [*(v.to_wire() for v in spec.env if v.name not in names), *system]
+
+
+def _head_environment(spec: FineTuneSpec) -> dict[str, str]:
+    # A job is stopped as a user would stop it, and has the time of a drain: SIGINT is commit and exit.
+    wait = str(spec.checkpoint.drain_seconds + _GRACE_SECONDS)
+    return {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": wait}
+
+
+def _worker_environment(pool: NodePool) -> dict[str, str]:
+    return {"DSFT_SCRATCH": "/scratch"} | ({"HF_HOME": "/model-cache"} if pool.model_cache else {})
 
 
 def _system_environment(spec: FineTuneSpec) -> Iterator[Manifest]:

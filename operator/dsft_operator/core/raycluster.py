@@ -56,8 +56,8 @@ def ray_cluster(run: Run, spec: FineTuneSpec, config: OperatorConfig, incarnatio
 
 
 def template_digest(run: Run, spec: FineTuneSpec, config: OperatorConfig) -> str:
-    """Digest of what the pods are made of: another one calls for another cluster."""
-    return digest(_spec(run, spec, config, cluster_name="-"))
+    """Digest of what the pods are made of and where they queue: another one calls for another cluster."""
+    return digest([_spec(run, spec, config, cluster_name="-"), _queue_labels(spec)])
 
 
 def network_policy(run: Run, config: OperatorConfig, cluster_name: str, cluster_uid: str) -> Manifest:
@@ -109,8 +109,9 @@ def _spec(run: Run, spec: FineTuneSpec, config: OperatorConfig, cluster_name: st
 
 
 def _group(spec: FineTuneSpec, pool: NodePool, config: OperatorConfig, labels: dict[str, str]) -> Manifest:
-    # On CPU a node is one rank: Ray must not put two of them on one.
-    parameters = {"num-cpus": "1", "num-gpus": "0"} if spec.ranks != spec.gpus else {}
+    # On CPU a node is one rank: Ray must not put two of them on one. On GPUs the number is said here, since KubeRay
+    # reads it off the limits only where the resource's name ends in "gpu".
+    parameters = {"num-gpus": str(pool.gpus_per_node)} if spec.trains_on_gpus else {"num-cpus": "1", "num-gpus": "0"}
     return {
         "groupName": pool.name,
         "replicas": pool.nodes,

@@ -1,9 +1,12 @@
 """An attempt and what it is told, as one submission: a constant command, and the job as JSON in its environment."""
 
+import re
 import shlex
+from collections.abc import Iterator
 from decimal import Decimal
 
 from dsft_api.job import JOB_ENV, Job, Ranks, RunRef
+from dsft_api.problem import Problem
 from dsft_api.resource import run_folder, spec_hash
 from dsft_api.spec import FineTuneSpec
 from dsft_operator.core.decision import SubmitJob
@@ -11,6 +14,14 @@ from dsft_operator.core.naming import submission_id
 from dsft_operator.core.observed import Run
 
 ENTRYPOINT = shlex.join(["python", "-m", "dsft_trainer", "run"])
+# Linux takes 128 KiB per string of the environment (MAX_ARG_STRLEN); the rest of the job needs less than 8.
+MAX_SPEC_BYTES = 120 * 1024
+_SUFFIXES = {
+    "": Decimal(1),
+    **{letter: Decimal(1000) ** -(power + 1) for power, letter in enumerate("mun")},
+    **{letter: Decimal(1000) ** (power + 1) for power, letter in enumerate("kMGTPE")},
+    **{f"{letter}i": Decimal(1024) ** (power + 1) for power, letter in enumerate("KMGTPE")},
+}
 CHANNEL = "/tmp/ray/session_latest/logs"  # noqa: S108  Ray's log folder: its dashboard serves what lies there
 POD_STDOUT = "/proc/1/fd/1"
 
@@ -35,9 +46,9 @@ def submission(run: Run, spec: FineTuneSpec, attempt: int, storage_prefix: str) 
 
 def ranks(spec: FineTuneSpec) -> Ranks:
     """The ranks of the pools, and how many threads each may use: its share of the smallest pool's CPUs."""
-    device = "cpu" if spec.ranks != spec.gpus or spec.execution.device == "cpu" else "cuda"
+    device = "cuda" if spec.trains_on_gpus else "cpu"
     per_node = [
-        _cpus(pool.resources.requests.get("cpu", pool.resources.limits.get("cpu", 1))) for pool in spec.node_pools
+        quantity(pool.resources.requests.get("cpu", pool.resources.limits.get("cpu", 1))) for pool in spec.node_pools
     ]
     shares = [
         cpus / max(1, pool.gpus_per_node if device == "cuda" else 1)
@@ -52,6 +63,15 @@ def storage_prefix(run: Run, spec: FineTuneSpec) -> str:
     return pinned or f"{(spec.storage.uri or '').rstrip('/')}/{run_folder(run.namespace, run.name, run.uid)}"
 
 
-def _cpus(quantity: int | str) -> Decimal:
-    text = str(quantity)
-    return Decimal(text[:-1]) / 1000 if text.endswith("m") else Decimal(text)
+def too_large(spec: FineTuneSpec) -> Iterator[Problem]:
+    """A job that the driver could not be started with: the kernel takes no longer environment string."""
+    size = len(spec.model_dump_json(by_alias=True, exclude_none=True).encode())
+    if size > MAX_SPEC_BYTES:
+        longest = "spec.deepspeed.config, spec.program.config, spec.data.chatTemplate and spec.env are what can be long"
+        yield Problem("spec", f"is {size} bytes as JSON, and {MAX_SPEC_BYTES} is the most", f"shorten it: {longest}")
+
+
+def quantity(text: int | str) -> Decimal:
+    """A Kubernetes quantity as a number (apimachinery resource.Quantity)."""
+    number, suffix = re.fullmatch(r"(.*?)([numkKMGTPE]i?)?", str(text)).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    return Decimal(number) * _SUFFIXES[suffix or ""]
