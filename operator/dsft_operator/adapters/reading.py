@@ -84,7 +84,7 @@ def with_defaults(spec: FineTuneSpec, config: OperatorConfig) -> FineTuneSpec:
     """The spec with the admin's storage where it names none, and the admin's image."""
     changes: dict[str, Any] = {}
     if spec.storage.uri is None:
-        given = spec.storage.model_dump(exclude_unset=True)
+        given = {name: getattr(spec.storage, name) for name in spec.storage.model_fields_set}
         changes["storage"] = config.storage.model_copy(update=given)
     if spec.image.trainer is None:
         changes["image"] = spec.image.model_copy(update={"trainer": config.image.trainer})

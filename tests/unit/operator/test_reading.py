@@ -50,3 +50,14 @@ def test_a_status_of_a_newer_operator_is_not_forgotten(part: dict[str, Any]) -> 
     assert (status.attempt, status.job, status.ray_cluster) == (known.attempt, known.job, known.ray_cluster)
     assert status.attempts == known.attempts
     assert condition_of(status, ConditionType.READY) == condition_of(known, ConditionType.READY)
+
+
+def test_a_part_of_the_storage_is_the_runs_and_the_rest_the_admins() -> None:
+    """Another Secret for the admin's bucket: as models, since the builders read their fields."""
+    storage = CONFIG.storage.model_copy(update={"uri": "s3://admin/runs", "region": "eu-central-1"})
+    config = CONFIG.model_copy(update={"storage": storage})
+    spec = run_of(resource({"storage": {"credentials": {"secretName": "mine"}}}), config).spec
+    assert spec is not None
+    assert (spec.storage.uri, spec.storage.region) == ("s3://admin/runs", "eu-central-1")
+    assert spec.storage.credentials is not None
+    assert spec.storage.credentials.secret_name == "mine"
