@@ -59,7 +59,7 @@ class S3Server:
         ]
         (folder / "s3.json").write_text(json.dumps({"identities": identities}))
         names = ("master", "volume", "filer", "s3")
-        ports = _free_ports(address, 2 * len(names))
+        ports = free_ports(address, 2 * len(names))
         server = cls(
             folder, address, {name: ports.pop() for part in names for name in (f"{part}.port", f"{part}.port.grpc")}
         )
@@ -161,7 +161,7 @@ class S3Server:
         return True
 
 
-def _free_ports(address: str, count: int) -> list[int]:
+def free_ports(address: str, count: int) -> list[int]:
     """Free ports below the range for outgoing connections.
 
     From that range another connection, even the client's own retry, could take the port while the server is down.

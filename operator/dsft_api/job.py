@@ -9,6 +9,7 @@ from pydantic import Field
 
 from dsft_api.base import ApiModel
 from dsft_api.spec import FineTuneSpec
+from dsft_api.status import Inputs
 
 CONTRACT = 1
 JOB_ENV = "DSFT_JOB"
@@ -40,6 +41,7 @@ class Job(ApiModel):
     spec_hash: str = Field(description="Digest of its identity part.")
     storage_prefix: str = Field(description="URI of the run's folder.")
     ranks: Ranks = Field(description="The processes that train.")
+    resolved: Inputs | None = Field(default=None, description="What the first attempt found the inputs to be.")
 
     def to_json(self) -> str:
         """The form that DSFT_JOB holds."""

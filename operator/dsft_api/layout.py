@@ -12,3 +12,8 @@ PROGRESS_FILE = "progress.json"
 CHECKPOINTS = "checkpoints"
 ATTEMPTS = "attempts"
 EXPORT = "export"
+
+
+def attempt_logs(attempt: int) -> str:
+    """The folder of what driver and ranks of an attempt printed."""
+    return f"logs/attempt-{attempt}"

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from dsft_api.base import ApiModel
 from dsft_api.conditions import FailureClass, Phase
-from dsft_api.status import Checkpoints, EvaluationStatus, Output, ProgressStatus, Time
+from dsft_api.status import Checkpoints, EvaluationStatus, Inputs, Output, ProgressStatus, Time
 
 PROGRESS_FILE = "dsft-progress.json"
 
@@ -68,6 +68,7 @@ class Progress(ApiModel):
     group: int = Field(default=1, description="Start of the worker group inside the attempt, counted from 1.")
     from_step: int = Field(default=0, description="Step of the checkpoint that this group started from.")
     phase: TrainerPhase = Field(description="What the trainer is doing.")
+    resolved: Inputs | None = Field(default=None, description="What the inputs were found to be.")
     progress: ProgressStatus | None = Field(default=None, description="How far the training is.")
     grad_norm: float | None = Field(default=None, description="Gradient norm of the last step, before clipping.")
     skipped_steps: int = Field(default=0, description="Steps that were not applied, since a gradient was not finite.")

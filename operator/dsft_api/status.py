@@ -33,13 +33,21 @@ class Condition(ApiModel):
     observed_generation: int | None = Field(default=None, description="Generation that was judged.")
 
 
-class Resolved(ApiModel):
+class Inputs(ApiModel):
+    """What the first attempt found model and data to be. Every later one uses the same, or refuses."""
+
+    model_revision: str | None = Field(default=None, max_length=128, description="Commit of an hf:// model.")
+    data_revision: str | None = Field(default=None, max_length=128, description="Commit of an hf:// training data set.")
+    data_digest: str | None = Field(
+        default=None, max_length=128, description="Digest of the training and evaluation data."
+    )
+
+
+class Resolved(Inputs):
     """What the run's inputs were resolved to, so that every attempt uses the same."""
 
     image: str | None = Field(default=None, description="Trainer image by digest.")
     contract: int | None = Field(default=None, description="Version of the job contract.")
-    model_revision: str | None = Field(default=None, description="Commit of an hf:// model.")
-    data_digest: str | None = Field(default=None, description="Digest of the training data.")
     storage_prefix: str | None = Field(default=None, description="URI of the run's folder.")
 
 

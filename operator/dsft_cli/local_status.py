@@ -39,7 +39,7 @@ def status_of(
         message=message,
         conditions=tuple(_conditions(progress, phase, message, previous, now)),
         spec_hash=spec_hash,
-        resolved=Resolved(contract=CONTRACT, storage_prefix=storage_prefix),
+        resolved=_resolved(progress, previous, storage_prefix),
         attempt=progress.attempt,
         progress=progress.progress or (previous.progress if previous else None),
         evaluation=progress.evaluation or (previous.evaluation if previous else None),
@@ -50,6 +50,12 @@ def status_of(
         completion_time=now if ended else None,
         logs=Logs(uri=logs),
     )
+
+
+def _resolved(progress: Progress, previous: FineTuneStatus | None, storage_prefix: str) -> Resolved:
+    before = previous.resolved if previous and previous.resolved else Resolved()
+    found = progress.resolved.model_dump(exclude_none=True) if progress.resolved else {}
+    return before.model_copy(update={**found, "contract": CONTRACT, "storage_prefix": storage_prefix})
 
 
 def _phase(progress: Progress, exit_code: int | None) -> Phase:

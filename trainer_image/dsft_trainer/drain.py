@@ -24,12 +24,13 @@ def drain() -> int:
         threading.Thread(target=_end_without_head, args=(address,), daemon=True).start()
     import ray
 
-    from dsft_trainer.runtime.ray import NAMESPACE
+    from dsft_trainer.runtime.ray import NAMESPACE, RELAY_PREFIX
 
     deadline = time.monotonic() + float(os.environ.get(DRAIN_SECONDS_ENV, "300"))
     try:
         ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
-        relays = [ray.get_actor(name) for name in ray.util.list_named_actors()]
+        names = [name for name in ray.util.list_named_actors() if name.startswith(RELAY_PREFIX)]
+        relays = [ray.get_actor(name) for name in names]
         ray.get([relay.request_drain.remote() for relay in relays], timeout=ANSWER_SECONDS)
         while relays and time.monotonic() < deadline:
             relays = [relay for relay in relays if ray.get(relay.outcome.remote(), timeout=ANSWER_SECONDS) is None]

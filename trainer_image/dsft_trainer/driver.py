@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
@@ -27,10 +27,13 @@ from dsft_api import layout
 from dsft_api.conditions import ExitCode, FailureClass
 from dsft_api.job import CONTRACT, JOB_ENV, Job
 from dsft_api.progress import PROGRESS_FILE, Progress, TrainerPhase
+from dsft_api.status import Inputs
 from dsft_trainer.checkpoint.store import Store, open_store
 from dsft_trainer.drain import drain
 from dsft_trainer.errors import TrainerError, failure_of
+from dsft_trainer.pins import pinned
 from dsft_trainer.preflight import preflight
+from dsft_trainer.process import start_environment
 from dsft_trainer.progress import starting
 from dsft_trainer.runtime import Outcome
 from dsft_trainer.runtime.channel import Channel
@@ -39,6 +42,7 @@ from dsft_trainer.versions import versions
 log = logging.getLogger(__name__)
 
 SAME_SIGNAL_SECONDS = 1.0
+LAST_OUTPUT_SECONDS = 5.0
 POD_STDOUT_ENV = "DSFT_POD_STDOUT"
 
 # Set before Ray is imported. A training run of minutes must not wait seconds for polls, and a private Ray says nothing home.
@@ -50,15 +54,20 @@ _RAY_DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
+    # Ranks learn of a drain through the Relay: spare the process that would watch for it.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Ray Train tries for ever to start ranks for which there are no nodes. A pod that was lost is back in a minute or two.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
 }
-# ZeRO-3 allocates and frees whole layers in each step. On CPU glibc would map and unmap them every time, at the price of page
-# faults: measured 10 to 15 % of a step.
-_CPU_DEFAULTS = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
 
 def run(runtime: str) -> int:
     """Do the attempt that DSFT_JOB describes; the exit code."""
-    _copy_output(os.environ.get(POD_STDOUT_ENV))
+    with _output_copied(os.environ.get(POD_STDOUT_ENV)):
+        return _run(runtime)
+
+
+def _run(runtime: str) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     channel = Channel(Path(os.environ.get("DSFT_CHANNEL") or tempfile.mkdtemp(prefix="dsft-channel-")))
     try:
@@ -66,7 +75,7 @@ def run(runtime: str) -> int:
     except TrainerError as error:
         log.error("%s", error)  # noqa: TRY400  the message is the whole story
         return error.exit_code
-    for name, value in {**_RAY_DEFAULTS, **(_CPU_DEFAULTS if job.ranks.device == "cpu" else {})}.items():
+    for name, value in {**_RAY_DEFAULTS, **start_environment(job)}.items():
         os.environ.setdefault(name, value)
     try:
         with only_one(channel.folder):
@@ -76,26 +85,40 @@ def run(runtime: str) -> int:
         return error.exit_code
 
 
-def _copy_output(target: str | None) -> None:
+@contextmanager
+def _output_copied(target: str | None) -> Iterator[None]:
     """Have all that this process prints appear in another file too: the head pod's own output, where collectors look."""
     if not target:
+        yield
         return
-    # In a session of its own, since Ray stops a job by a signal to its process group: it ends when we have.
+    # Ray stops a job by a signal to the driver and to all below it; and it waits for all of them, so this one ends with us.
     reading, writing = os.pipe()
-    subprocess.Popen(["tee", target], stdin=reading, start_new_session=True)
+    deaf = ["sh", "-c", 'trap "" INT TERM; exec tee -a "$0"', target]
+    tee = subprocess.Popen(deaf, stdin=reading, start_new_session=True)
     os.close(reading)
+    _redirect_output(writing)
+    sys.stdout.reconfigure(line_buffering=True)
+    try:
+        yield
+    finally:
+        _redirect_output(os.open(os.devnull, os.O_WRONLY))
+        # Ray reads the end of the log when we are gone: it must be there.
+        with suppress(subprocess.TimeoutExpired):
+            tee.wait(LAST_OUTPUT_SECONDS)
+
+
+def _redirect_output(target: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-        os.dup2(writing, stream.fileno())
-    os.close(writing)
-    sys.stdout.reconfigure(line_buffering=True)
+        os.dup2(target, stream.fileno())
+    os.close(target)
 
 
 def _run_recorded(job: Job, channel: Channel, runtime: str) -> int:
     """The attempt, with its beginning and a failure written to the progress document; the exit code."""
     channel.reset()
     _stop_on_signals(channel, job.spec.checkpoint.drain_seconds)
-    channel.publish(starting(job.run.uid, job.attempt).model_dump_json(by_alias=True, exclude_none=True))
+    channel.publish(starting(job).model_dump_json(by_alias=True, exclude_none=True))
     try:
         outcome = _attempt(job, channel, runtime)
     except Exception as error:  # noqa: BLE001  the edge of the process
@@ -167,19 +190,24 @@ def _attempt(job: Job, channel: Channel, runtime: str) -> Outcome:
 
 
 def _first_come(job: Job) -> Job:
-    """Write run.json, or take over what the first attempt wrote: sums depend on the number of threads."""
+    """Write run.json, or take over what the first attempt wrote: inputs, and threads, on whose number sums depend."""
     store = _store(job)
-    facts = {
-        "namespace": job.run.namespace,
-        "name": job.run.name,
-        "uid": job.run.uid,
-        "specHash": job.spec_hash,
-        "threads": job.ranks.threads,
-        "versions": versions(),
-        "createdAt": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    store.put_bytes(layout.RUN_FILE, json.dumps(facts, indent=1).encode(), if_absent=True)
     first = json.loads(store.get_bytes(layout.RUN_FILE) or b"{}")
+    written, told = Inputs.model_validate(first.get("resolved", {})), job.resolved or Inputs()
+    job = pinned(job, written.model_copy(update=told.model_dump(exclude_none=True)))
+    if not first:
+        facts = {
+            "namespace": job.run.namespace,
+            "name": job.run.name,
+            "uid": job.run.uid,
+            "specHash": job.spec_hash,
+            "threads": job.ranks.threads,
+            "resolved": job.resolved.to_wire() if job.resolved else {},
+            "versions": versions(),
+            "createdAt": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        store.put_bytes(layout.RUN_FILE, json.dumps(facts, indent=1).encode(), if_absent=True)
+        first = json.loads(store.get_bytes(layout.RUN_FILE) or b"{}")
     return job.model_copy(update={"ranks": job.ranks.model_copy(update={"threads": first["threads"]})})
 
 
@@ -214,7 +242,7 @@ def _stop_on_signals(channel: Channel, drain_seconds: int) -> None:
 def _record(job: Job, channel: Channel, failure: TrainerError) -> None:
     """Write the failure into the progress document, here and in storage."""
     path = channel.folder / PROGRESS_FILE
-    progress = Progress.model_validate_json(path.read_text()) if path.exists() else starting(job.run.uid, job.attempt)
+    progress = Progress.model_validate_json(path.read_text()) if path.exists() else starting(job)
     progress = progress.model_copy(
         update={
             "seq": progress.seq + 1,

@@ -10,7 +10,7 @@ from dsft_trainer.checkpoint.store import check_writable, open_store
 from dsft_trainer.data.formats import eval_source
 from dsft_trainer.data.prepare import load
 from dsft_trainer.data.sampler import GlobalBatches
-from dsft_trainer.data.sources import fetch
+from dsft_trainer.data.sources import check_model_files, fetch, s3_objects
 from dsft_trainer.errors import TrainerError
 
 REMOTE = ("hf://", "s3://")
@@ -42,8 +42,11 @@ def preflight(job: Job, cache: Path) -> None:
 
 
 def _check_model(job: Job, cache: Path) -> None:
-    """Local folders only: a Hub model is fetched once, by the ranks."""
+    """Local folders are opened; objects are looked for. What is far away is fetched once, by the ranks."""
     model = job.spec.workload().model
+    if model.uri.startswith("s3://"):
+        _, entries = s3_objects(model.uri, job.spec.storage, "model")
+        check_model_files(model.uri, [entry.key for entry in entries])
     if model.uri.startswith(REMOTE):
         return
     folder = fetch(model.uri, storage=job.spec.storage, cache=cache, revision=model.revision, kind="model")

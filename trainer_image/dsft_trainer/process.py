@@ -11,6 +11,17 @@ if TYPE_CHECKING:
     import torch
 
 
+def start_environment(job: Job) -> dict[str, str]:
+    """What a rank's process must find when it starts: glibc reads it before Python runs.
+
+    ZeRO-3 allocates and frees whole layers in each step. On CPU glibc would map and unmap them every time, at the price of
+    page faults: measured 10 to 15 % of a step.
+    """
+    if job.ranks.device == "cuda":
+        return {}
+    return {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+
+
 def rank_environment(job: Job) -> dict[str, str]:
     """What torch, DeepSpeed and tokenizers read from the environment when they are imported."""
     return {

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from dsft_api.job import Job
 from dsft_api.layout import PROGRESS_FILE
 from dsft_api.progress import Progress, TrainerPhase
 from dsft_api.status import ProgressStatus
@@ -138,6 +139,13 @@ def progress_status(
     )
 
 
-def starting(run_uid: str, attempt: int) -> Progress:
+def starting(job: Job) -> Progress:
     """The first document of an attempt."""
-    return Progress(seq=0, run_uid=run_uid, attempt=attempt, phase=TrainerPhase.STARTING, updated_at=datetime.now(UTC))
+    return Progress(
+        seq=0,
+        run_uid=job.run.uid,
+        attempt=job.attempt,
+        phase=TrainerPhase.STARTING,
+        resolved=job.resolved,
+        updated_at=datetime.now(UTC),
+    )

@@ -108,9 +108,7 @@ class _Attempt:
             job.storage_prefix, endpoint_url=self.spec.storage.endpoint_url, region=self.spec.storage.region
         )
         self.reporter: Reporter | SilentReporter = (
-            Reporter(starting(job.run.uid, job.attempt), runtime.publish, self.store)
-            if self.place.is_first
-            else SilentReporter()
+            Reporter(starting(job), runtime.publish, self.store) if self.place.is_first else SilentReporter()
         )
 
     def run(self) -> Outcome:

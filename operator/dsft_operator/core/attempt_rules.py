@@ -4,8 +4,9 @@ from datetime import datetime
 from typing import Any
 
 from dsft_api.conditions import ConditionType, ExitCode, FailureClass, Phase, Reason
+from dsft_api.layout import attempt_logs
 from dsft_api.progress import Progress, TrainerPhase
-from dsft_api.status import FineTuneStatus, JobStatus, Resolved
+from dsft_api.status import FineTuneStatus, JobStatus, Logs, Resolved
 from dsft_operator.config import OperatorConfig
 from dsft_operator.core import attempts
 from dsft_operator.core.cluster_rules import failed, is_whole
@@ -197,7 +198,9 @@ def _intent(seen: Observed, now: datetime, config: OperatorConfig) -> Decision:
     changes["spec_hash"] = status.spec_hash if status.attempt else run.identity
     changes["retry_token"] = spec.retry.token or status.retry_token
     image = next((pod.image_id for pod in seen.pods if pod.image_id), None)
-    changes["resolved"] = (status.resolved or Resolved()).model_copy(update={"image": image})
+    known = status.resolved or Resolved()
+    changes["resolved"] = known.model_copy(update={"image": image})
+    changes["logs"] = Logs(uri=f"{known.storage_prefix}/{attempt_logs(changes['attempt'])}")
     facts: dict[ConditionType, Fact | None] = {
         ConditionType.CLUSTER_READY: _READY,
         ConditionType.JOB_SUBMITTED: Fact(value=False, reason=Reason.STARTING, message="about to be submitted"),

@@ -6,7 +6,7 @@ from typing import Any
 from dsft_api.conditions import FailureClass
 from dsft_api.progress import Progress
 from dsft_api.spec import FineTuneSpec
-from dsft_api.status import Attempt, FineTuneStatus, JobStatus, RayClusterStatus, Usage
+from dsft_api.status import Attempt, FineTuneStatus, JobStatus, RayClusterStatus, Resolved, Usage
 from dsft_operator.core.failures import Cause
 from dsft_operator.core.naming import submission_id
 
@@ -59,10 +59,18 @@ def followed(status: FineTuneStatus, progress: Progress | None) -> dict[str, Any
         # A trainer that has not listed the commits yet does not unmake them.
         "checkpoints": told if told is not None and told.latest is not None else None,
         "output": progress.output,
+        "resolved": pinned(status, progress),
     }
     return {name: value for name, value in changes.items() if value is not None} | {
         "attempts": (*status.attempts[:-1], last)
     }
+
+
+def pinned(status: FineTuneStatus, progress: Progress) -> Resolved:
+    """What the run is held to, with what the trainer found and was not known yet. Nothing that is known changes."""
+    known = status.resolved or Resolved()
+    found = progress.resolved.model_dump(exclude_none=True) if progress.resolved else {}
+    return known.model_copy(update=found | known.model_dump(include=set(found), exclude_none=True))
 
 
 def ended(

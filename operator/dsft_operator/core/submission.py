@@ -9,6 +9,7 @@ from dsft_api.job import JOB_ENV, Job, Ranks, RunRef
 from dsft_api.problem import Problem
 from dsft_api.resource import run_folder, spec_hash
 from dsft_api.spec import FineTuneSpec
+from dsft_api.status import Inputs
 from dsft_operator.core.decision import SubmitJob
 from dsft_operator.core.naming import submission_id
 from dsft_operator.core.observed import Run
@@ -35,6 +36,7 @@ def submission(run: Run, spec: FineTuneSpec, attempt: int, storage_prefix: str) 
         spec_hash=run.status.spec_hash or run.identity or spec_hash(spec),
         storage_prefix=storage_prefix,
         ranks=ranks(spec),
+        resolved=_inputs(run),
     )
     return SubmitJob(
         submission_id=submission_id(run.uid, attempt),
@@ -42,6 +44,12 @@ def submission(run: Run, spec: FineTuneSpec, attempt: int, storage_prefix: str) 
         environment={JOB_ENV: job.to_json(), "DSFT_CHANNEL": CHANNEL, "DSFT_POD_STDOUT": POD_STDOUT},
         metadata={"namespace": run.namespace, "name": run.name, "uid": run.uid, "attempt": str(attempt)},
     )
+
+
+def _inputs(run: Run) -> Inputs | None:
+    """What earlier attempts found the inputs to be."""
+    known = run.status.resolved
+    return Inputs(**known.model_dump(include=set(Inputs.model_fields))) if known is not None else None
 
 
 def ranks(spec: FineTuneSpec) -> Ranks:

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from dsft_api.conditions import ConditionType, FailureClass, Phase
+from dsft_api.job import JOB_ENV, Job
 from dsft_api.progress import TrainerFailure, TrainerPhase
+from dsft_api.status import Inputs
 from dsft_operator.core.decision import CreateCluster, Decision, DeleteCluster, SubmitJob
 from dsft_operator.core.observed import Ended, Head, Observed, Pod, Unknown
 from dsft_operator.core.plan import plan
@@ -483,3 +485,39 @@ def test_nothing_new_is_no_new_status() -> None:
     assert decision.status is not None
     assert decision.status.to_wire() == seen.run.status.to_wire()
     assert advance(seen, decision).run.status == seen.run.status
+
+
+def test_what_the_first_attempt_found_binds_the_next() -> None:
+    found = Inputs(model_revision="c0ffee", data_digest="sha256:1")
+    seen = replace(submitted(), progress=told(TrainerPhase.TRAINING, resolved=found))
+    seen, decision = after(seen)
+    assert decision.status is not None
+    assert decision.status.resolved is not None
+    assert decision.status.resolved.model_revision == "c0ffee"
+    assert decision.status.resolved.storage_prefix == f"s3://bucket/runs/ml/chat-{UID[:8]}"
+
+    ended = replace(seen, job=job("FAILED", exit_code=1), progress=told(TrainerPhase.TRAINING, resolved=found))
+    seen, _ = after(ended)
+    seen = replace(seen, job=None, progress=None)
+    seen, _ = after(seen, seconds=600)
+    _, decision = after(seen, seconds=600)
+    submission = the(SubmitJob, decision)
+    assert isinstance(submission, SubmitJob)
+    assert Job.model_validate_json(submission.environment[JOB_ENV]).resolved == found
+
+
+def test_nothing_that_is_pinned_changes() -> None:
+    seen = replace(submitted(), progress=told(TrainerPhase.TRAINING, resolved=Inputs(data_digest="sha256:1")))
+    seen, _ = after(seen)
+    other = Inputs(model_revision="c0ffee", data_digest="sha256:2")
+    _, decision = after(replace(seen, progress=told(TrainerPhase.TRAINING, resolved=other)))
+    assert decision.status is not None
+    assert decision.status.resolved is not None
+    assert decision.status.resolved.data_digest == "sha256:1"
+    assert decision.status.resolved.model_revision == "c0ffee"
+
+
+def test_the_status_names_the_folder_of_the_attempts_logs() -> None:
+    status = submitted().run.status
+    assert status.logs is not None
+    assert status.logs.uri == f"s3://bucket/runs/ml/chat-{UID[:8]}/logs/attempt-1"

@@ -6,7 +6,7 @@ all, `if_absent` has one winner, and deletes keep their order around COMMIT.json
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Protocol, Self, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -26,10 +26,14 @@ _Destination = TypeVar("_Destination")
 
 @dataclass(frozen=True)
 class Entry:
-    """An object: its key relative to the store's root, '/'-separated, and its size in bytes."""
+    """An object: its key relative to the store's root, '/'-separated, and its size in bytes.
+
+    `etag` changes when the content does; None where the store has none.
+    """
 
     key: str
     size: int
+    etag: str | None = field(default=None, compare=False)
 
 
 class ObjectMissingError(TrainerError):
@@ -70,6 +74,10 @@ class Store(Protocol):
 
     def list(self, prefix: str = "") -> list[Entry]:
         """All objects below the folder `prefix`, sorted by key."""
+        ...
+
+    def entry(self, key: str) -> Entry | None:
+        """One object, without its content; None if there is none."""
         ...
 
     def delete(self, keys: Iterable[str]) -> None:

@@ -109,6 +109,12 @@ class FileStore(Store):
         return sorted(entries, key=lambda entry: entry.key)
 
     @override
+    def entry(self, key: str) -> Entry | None:
+        path = self.root / check_key(key)
+        with _explained("read", path):
+            return Entry(key, path.stat().st_size) if path.is_file() else None
+
+    @override
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
             path = self._path(key)

@@ -167,13 +167,24 @@ class S3Store(Store):
                 self._client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.root + folder)
             )
             entries = [
-                Entry(item["Key"].removeprefix(self.root), item["Size"])
+                Entry(item["Key"].removeprefix(self.root), item["Size"], item["ETag"].strip('"'))
                 for page in pages
                 for item in page.get("Contents", ())
                 # Consoles mark an empty folder with an object of that name.
                 if not item["Key"].endswith("/")
             ]
         return sorted(entries, key=lambda entry: entry.key)
+
+    @override
+    def entry(self, key: str) -> Entry | None:
+        with self._explained("read", key):
+            try:
+                found = self._client().head_object(Bucket=self.bucket, Key=self._key(key))
+            except ClientError as error:
+                if _code(error) in _MISSING_CODES:
+                    return None
+                raise
+        return Entry(key, found["ContentLength"], found["ETag"].strip('"'))
 
     @override
     def delete(self, keys: Iterable[str]) -> None:

@@ -6,10 +6,10 @@ Heavy libraries are imported where they are needed: the driver's preflight runs 
 
 import importlib.util
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
@@ -20,6 +20,9 @@ from dsft_api.spec.placement import StorageSpec
 from dsft_trainer.data import readers
 from dsft_trainer.data.formats import TRAIN_FIELD, Column, columns_of
 from dsft_trainer.errors import TrainerError
+
+if TYPE_CHECKING:
+    from dsft_trainer.checkpoint.store import Entry, Store
 
 Kind = Literal["model", "tokenizer", "dataset"]
 
@@ -65,11 +68,21 @@ def fetch(uri: str, *, storage: StorageSpec, cache: Path, kind: Kind, revision: 
         path = _package_file(rest, uri, kind)
     else:
         raise TrainerError(FAILURES[kind], f"{uri}: unknown scheme {scheme}", "use hf://, s3://, file:// or python://")
-    if kind == "model" and not ((path / "config.json").is_file() and any(path.glob("*.safetensors"))):
-        raise TrainerError(
-            FAILURES[kind], f"{uri} lacks config.json or *.safetensors", "save the model with save_pretrained"
-        )
+    if kind == "model":
+        check_model_files(uri, [file.name for file in path.iterdir()] if path.is_dir() else [])
     return path
+
+
+def check_model_files(uri: str, names: Collection[str]) -> None:
+    """Refuse a folder that holds no model.
+
+    Raises:
+        TrainerError: ModelDenied.
+    """
+    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+        raise TrainerError(
+            FAILURES["model"], f"{uri} lacks config.json or *.safetensors", "save the model with save_pretrained"
+        )
 
 
 def load_rows(source: DatasetSource, *, storage: StorageSpec, cache: Path, field: str = TRAIN_FIELD) -> pa.Table:
@@ -155,7 +168,7 @@ def _fetch_hub(rest: str, kind: Kind, revision: str | None) -> Path:
 
 
 def _fetch_s3(uri: str, storage: StorageSpec, cache: Path, kind: Kind) -> Path:
-    from dsft_trainer.checkpoint.store import ObjectMissingError, get_files, open_store
+    from dsft_trainer.checkpoint.store import get_files
 
     uri = uri.rstrip("/")
     target = cache / "s3" / uri.removeprefix("s3://")
@@ -163,20 +176,34 @@ def _fetch_s3(uri: str, storage: StorageSpec, cache: Path, kind: Kind) -> Path:
     # deleted there must not linger here.
     if target.is_dir():
         shutil.rmtree(target)
-    folder = open_store(uri, endpoint_url=storage.endpoint_url, region=storage.region)
-    keys = [entry.key for entry in folder.list() if _is_wanted(entry.key, kind)]
-    if keys:
-        get_files(folder, [(key, target / key) for key in keys])
-        return target
-    parent, _, name = uri.rpartition("/")
-    missing = TrainerError(FAILURES[kind], f"{uri} holds no objects", "check the URI and spec.storage.endpointUrl")
-    if parent == "s3:/":
-        raise missing
-    try:
-        open_store(parent, endpoint_url=storage.endpoint_url, region=storage.region).get_file(name, target)
-    except ObjectMissingError as error:
-        raise missing from error
+    store, entries = s3_objects(uri, storage, kind)
+    if store.uri == uri:
+        get_files(store, [(entry.key, target / entry.key) for entry in entries])
+    else:
+        store.get_file(entries[0].key, target)
     return target
+
+
+def s3_objects(uri: str, storage: StorageSpec, kind: Kind) -> "tuple[Store, list[Entry]]":
+    """The objects of a folder, with the folder as a store; or the one object of that name, with the folder it lies in.
+
+    Raises:
+        TrainerError: ModelDenied or DataInvalid if there are none; StorageDenied if S3 does not let us look.
+    """
+    from dsft_trainer.checkpoint.store import open_store
+
+    uri = uri.rstrip("/")
+    folder = open_store(uri, endpoint_url=storage.endpoint_url, region=storage.region)
+    entries = [entry for entry in folder.list() if _is_wanted(entry.key, kind)]
+    if entries:
+        return folder, entries
+    parent, _, name = uri.rpartition("/")
+    if parent != "s3:/":
+        around = open_store(parent, endpoint_url=storage.endpoint_url, region=storage.region)
+        entry = around.entry(name)
+        if entry is not None:
+            return around, [entry]
+    raise TrainerError(FAILURES[kind], f"{uri} holds no objects", "check the URI and spec.storage.endpointUrl")
 
 
 def _is_wanted(key: str, kind: Kind) -> bool:

@@ -11,8 +11,8 @@ from pathlib import Path
 from dsft_api.conditions import FailureClass
 from dsft_api.progress import PROGRESS_FILE, TrainerFailure
 
-# Classes that are often only the echo of another rank's failure.
-_ECHOES = (FailureClass.UNKNOWN, FailureClass.WORKER_LOST)
+ECHOES = (FailureClass.UNKNOWN, FailureClass.WORKER_LOST)
+"""Classes that are often only the echo of another rank's failure."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Channel:
         """The failure that explains the others: the oldest one that is not an echo, else the oldest."""
         paths = sorted(self.folder.glob("failure-*.json"), key=lambda path: path.stat().st_mtime_ns)
         failures = [TrainerFailure.model_validate_json(path.read_text()) for path in paths]
-        causes = [failure for failure in failures if failure.failure_class not in _ECHOES]
+        causes = [failure for failure in failures if failure.failure_class not in ECHOES]
         return next(iter([*causes, *failures]), None)
 
     def reset(self) -> None:

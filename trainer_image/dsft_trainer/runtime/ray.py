@@ -19,12 +19,13 @@ import pyarrow as pa
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from dsft_api.conditions import FailureClass
 from dsft_api.job import Job
 from dsft_api.progress import TrainerFailure
 from dsft_trainer.errors import TrainerError
+from dsft_trainer.process import rank_environment, start_environment
 from dsft_trainer.runtime import Outcome, Place
-from dsft_trainer.runtime.channel import Channel
+from dsft_trainer.runtime.channel import ECHOES, Channel
+from dsft_trainer.runtime.oom import oom_kills
 
 if TYPE_CHECKING:
     import ray.data
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 
 # Of the Relay actors, so that `drain` finds them.
 NAMESPACE = "dsft"
+RELAY_PREFIX = "dsft-"
 # Shared memory of a local Ray without Ray Data: nothing but small messages goes through it.
 LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
 LOCAL_OBJECT_STORE_BYTES_FOR_DATA = 2**30
@@ -45,15 +47,30 @@ class Relay:
     def __init__(self, folder: str) -> None:
         self._channel = Channel(Path(folder))
         self._outcome: str | None = None
+        self._closed = False
+        self._nodes: dict[str, int] = {}
 
     def publish(self, progress: str) -> bool:
         """Replace the progress document; answers whether a drain was requested."""
-        self._channel.publish(progress)
+        if not self._closed:
+            self._channel.publish(progress)
         return self._channel.drain_requested()
+
+    def close(self) -> None:
+        """Take no more documents: the last word is the driver's, and one of a rank may still be on its way."""
+        self._closed = True
 
     def request_drain(self) -> None:
         """Ask the ranks to commit and stop."""
         self._channel.request_drain()
+
+    def started(self, node: str, oom_kills: int) -> None:
+        """A rank begins on this node, where so many processes were killed before."""
+        self._nodes[node] = min(oom_kills, self._nodes.get(node, oom_kills))
+
+    def nodes(self) -> dict[str, int]:
+        """What `started` told."""
+        return self._nodes
 
     def fail(self, failure: str) -> None:
         """Record why a rank died."""
@@ -80,6 +97,7 @@ class RayRuntime:
         self._datasets = datasets
         self._answer: ray.ObjectRef | None = None
         self._drain = False
+        relay.started.remote(ray.get_runtime_context().get_node_id(), oom_kills())
 
     def publish(self, progress: str) -> None:
         """Send the document without waiting for its arrival; look at the answer to the one before."""
@@ -157,7 +175,7 @@ def launch(job: Job, channel: Channel) -> Outcome:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         relay = (
             ray.remote(Relay)
-            .options(name=f"dsft-{job.run.uid}-a{job.attempt}", num_cpus=0, scheduling_strategy=here)
+            .options(name=f"{RELAY_PREFIX}{job.run.uid}-a{job.attempt}", num_cpus=0, scheduling_strategy=here)
             .remote(str(channel.folder))
         )
         _fit(job, channel, relay)
@@ -170,8 +188,6 @@ def _connect(job: Job) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=True, namespace=NAMESPACE)
         return
-    # A Ray of our own has no nodes that could be drained: spare the process that would watch for it.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     gpus = job.ranks.count if job.ranks.device == "cuda" else 0
     uses_data = job.spec.workload().data.loader == "ray-data"
     ray.init(
@@ -188,7 +204,6 @@ def _connect(job: Job) -> None:
 def _fit(job: Job, channel: Channel, relay: Any) -> None:
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
-    from ray.train.v2.api.exceptions import TrainingFailedError
 
     from dsft_trainer.runtime.ray_trainer import LeanTorchTrainer
 
@@ -205,19 +220,52 @@ def _fit(job: Job, channel: Channel, relay: Any) -> None:
         run_config=RunConfig(
             name=f"{job.run.uid}-a{job.attempt}",
             storage_path=tempfile.mkdtemp(prefix="dsft-ray-"),
-            failure_config=FailureConfig(max_failures=0),
+            # One start of the ranks per attempt: what comes after a failure is for whoever starts attempts to decide.
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+            worker_runtime_env=_rank_runtime_env(job),
         ),
         datasets=datasets,
         dataset_config=DataConfig(datasets_to_split=[]),
     )
     error = _fit_apart(trainer)
-    failure = channel.failure()
+    _close(relay)
+    failure = _failure(channel, error, relay)
     if failure is not None:
-        raise TrainerError.from_report(failure) from error
-    if isinstance(error, TrainingFailedError):
-        raise TrainerError(FailureClass.WORKER_LOST, f"Ray lost a rank: {str(error).strip()[:1000]}") from error
-    if error is not None:
+        raise failure from error
+
+
+def _rank_runtime_env(job: Job) -> dict[str, Any]:
+    """What a rank's process must have from its first moment. On a cluster it is no child of ours, and inherits nothing."""
+    if not os.environ.get("RAY_ADDRESS"):
+        return {}
+    return {"env_vars": rank_environment(job) | start_environment(job)}
+
+
+def _close(relay: Any) -> None:
+    try:
+        ray.get(relay.close.remote(), timeout=30)
+    except ray.exceptions.RayError as error:
+        log.warning("the relay is gone: %s", error)
+
+
+def _failure(channel: Channel, error: BaseException | None, relay: Any) -> TrainerError | None:
+    """Why the ranks ended, by the best witness: what a rank said, unless it only felt another one go."""
+    told = channel.failure()
+    if told is not None and told.failure_class not in ECHOES:
+        return TrainerError.from_report(told)
+    if told is None and error is None:
+        return None
+    if error is not None and not isinstance(error, Exception):
         raise error
+    from dsft_trainer.runtime import ray_failures
+
+    cause = ray_failures.cause_of(error) if error is not None else None
+    if cause is not None and cause.failure_class not in ECHOES:
+        return cause
+    memory = ray_failures.out_of_memory(relay)
+    if memory is not None:
+        return memory
+    return TrainerError.from_report(told) if told is not None else cause
 
 
 def _fit_apart(trainer: Any) -> BaseException | None:

@@ -1,0 +1,164 @@
+"""The way of a run on a cluster, less Kubernetes: head and workers as nodes of their own, token auth, the operator's adapter."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dsft_api.conditions import ExitCode, FailureClass
+from dsft_api.layout import EXPORT, RESULT_FILE
+from dsft_api.progress import Progress, TrainerPhase
+from dsft_operator.core.observed import Run
+from dsft_trainer.checkpoint.listing import read_claims, read_commits
+from dsft_trainer.checkpoint.store import open_store
+from tests.s3_server import S3Server
+from tests.trainer import tiny
+from tests.trainer.ray_nodes import RayNodes, attempt, prefix, resource
+from tests.trainer.runs import Manifest, causal_lm
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+STEPS = 30
+# Long enough to be stopped, and short enough to be finished.
+LONG = 400
+# It never gets there.
+ENDLESS = 20_000
+
+
+@pytest.fixture(scope="module")
+def nodes(s3_server: S3Server) -> Iterator[RayNodes]:
+    nodes = RayNodes.start(env=s3_server.env())
+    yield nodes
+    nodes.stop()
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    folder = tmp_path_factory.mktemp("assets")
+    document = causal_lm("tiny", tiny.llama(folder / "model"), tiny.dataset(folder, "text"), steps=STEPS)
+    document["spec"]["nodePools"] = [{"name": "cpu", "nodes": 2, "resources": {"requests": {"cpu": 1}}}]
+    document["spec"]["checkpoint"] = {"everySteps": 10, "drainSeconds": 60}
+    return document
+
+
+def longer(manifest: Manifest, steps: int) -> Manifest:
+    """The same training, so long."""
+    training = {**manifest["spec"]["training"], "maxSteps": steps}
+    return {**manifest, "spec": {**manifest["spec"], "training": training, "checkpoint": {"everySteps": 5000}}}
+
+
+def commits(run: Run) -> list[int]:
+    """Steps of the committed checkpoints."""
+    return [commit.step for commit in read_commits(open_store(prefix(run)))]
+
+
+def test_a_run_succeeds_on_s3_and_is_followed_through_the_operators_adapter(
+    nodes: RayNodes, manifest: Manifest, s3_uri: str
+) -> None:
+    run = resource(manifest, s3_uri)
+    first = attempt(nodes, run, 1).post()
+    first.post()  # a second submission of the same id is success, and starts nothing
+    first.until(lambda attempt: attempt.step() > 0, "a step was told of")
+    seen = first.ended()
+
+    assert (seen.state, seen.exit_code) == ("SUCCEEDED", ExitCode.OK), first.driver_log()
+    told = first.own()
+    assert told is not None
+    assert (told.run_uid, told.phase) == (run.uid, TrainerPhase.SUCCEEDED)
+    assert told.progress is not None
+    assert (told.progress.step, told.progress.total_steps) == (STEPS, STEPS)
+    assert commits(run) == [20, 30]
+    assert told.checkpoints is not None
+    assert told.checkpoints.latest is not None
+    assert told.checkpoints.latest.uri == f"{prefix(run)}/checkpoints/step-00000030-a1.g1"
+    assert told.output is not None
+    assert told.output.uri == f"{prefix(run)}/{EXPORT}"
+    stored = open_store(prefix(run)).get_bytes(RESULT_FILE)
+    assert stored is not None
+    assert Progress.model_validate_json(stored).output == told.output
+    assert f"Running entrypoint for job {first.submission_id}" in first.driver_log()
+    assert "a1.g1 starts from the beginning" in nodes.log("head"), "the head's own output lacks what the driver printed"
+
+
+def test_stop_commits_and_the_next_attempt_goes_on_from_there(
+    nodes: RayNodes, manifest: Manifest, tmp_path: Path
+) -> None:
+    run = resource(longer(manifest, LONG), tmp_path.as_uri())
+    first = attempt(nodes, run, 1).post()
+    first.until(lambda attempt: attempt.step() > 0, "a step was told of")
+    first.stop()
+    seen = first.ended()
+
+    assert (seen.state, seen.exit_code) == ("STOPPED", None), first.driver_log()
+    told = first.own()
+    assert told is not None
+    assert told.phase is TrainerPhase.INTERRUPTED, first.driver_log()
+    assert told.checkpoints is not None
+    assert told.checkpoints.latest is not None
+    (step,) = commits(run)
+    assert told.checkpoints.latest.step == step > 0
+
+    # What the first attempt told is still there, and is not taken for the second's.
+    second = attempt(nodes, run, 2)
+    assert isinstance(second.told(), Progress)
+    assert second.own() is None
+    second.post()
+    assert second.ended().state == "SUCCEEDED", second.driver_log()
+    told = second.own()
+    assert told is not None
+    assert (told.from_step, told.phase) == (step, TrainerPhase.SUCCEEDED)
+    assert [claim.base_step for claim in read_claims(open_store(prefix(run)))] == [0, step]
+
+
+def test_drain_from_a_worker_commits_and_waits_for_it(nodes: RayNodes, manifest: Manifest, tmp_path: Path) -> None:
+    run = resource(longer(manifest, ENDLESS), tmp_path.as_uri())
+    running = attempt(nodes, run, 1).post()
+    running.until(lambda attempt: attempt.step() > 0, "a step was told of")
+    drained = drain(nodes, "worker-0")
+
+    assert drained.returncode == 0, drained.stdout
+    assert len(commits(run)) == 1, f"drain came back before the commit:\n{drained.stdout}\n{running.driver_log()}"
+    seen = running.ended()
+    assert (seen.state, seen.exit_code) == ("FAILED", ExitCode.INTERRUPTED), running.driver_log()
+    told = running.own()
+    assert told is not None
+    assert told.phase is TrainerPhase.INTERRUPTED
+
+
+def test_drain_without_a_run_has_nothing_to_wait_for(nodes: RayNodes) -> None:
+    begin = time.monotonic()
+    drained = drain(nodes, "worker-0")
+    assert drained.returncode == 0, drained.stdout
+    assert time.monotonic() - begin < float(nodes.node_env("worker-0")["DSFT_DRAIN_SECONDS"])
+
+
+def test_a_failure_is_in_the_last_document_and_in_the_exit_code(
+    nodes: RayNodes, manifest: Manifest, tmp_path: Path
+) -> None:
+    spec = {**manifest["spec"], "model": {**manifest["spec"]["model"], "uri": (tmp_path / "nowhere").as_uri()}}
+    run = resource({**manifest, "spec": spec}, tmp_path.as_uri())
+    failed = attempt(nodes, run, 1).post()
+    seen = failed.ended()
+    assert (seen.state, seen.exit_code) == ("FAILED", ExitCode.ACCESS), failed.driver_log()
+    assert f"ModelDenied: {tmp_path / 'nowhere'} does not exist" in seen.message
+    told = failed.own()
+    assert told is not None
+    assert told.phase is TrainerPhase.FAILED
+    assert told.failure is not None
+    assert told.failure.failure_class is FailureClass.MODEL_DENIED
+
+
+def drain(nodes: RayNodes, name: str) -> "subprocess.CompletedProcess[str]":
+    """What the preStop hook of a node's pod does."""
+    return subprocess.run(
+        [sys.executable, "-m", "dsft_trainer", "drain"],
+        env=nodes.node_env(name),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
