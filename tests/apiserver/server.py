@@ -80,6 +80,10 @@ class Runs:
         """The stored one."""
         return self._asked(CustomObjectsApi(self.client).get_namespaced_custom_object, name=name)
 
+    def delete(self, name: str) -> None:
+        """Delete it; it stays while it has a finalizer."""
+        self._asked(CustomObjectsApi(self.client).delete_namespaced_custom_object, name=name)
+
     def replace(self, document: Mapping[str, Any], *, dry_run: bool = False) -> Document:
         """Update one; its status is not part of that."""
         return self._asked(
@@ -92,7 +96,7 @@ class Runs:
     def apply_status(
         self, name: str, status: Mapping[str, Any], *, manager: str = "dsft-operator", **metadata: str
     ) -> Document:
-        """Apply a status server-side. `metadata` such as `resourceVersion` and `uid` are preconditions."""
+        """Apply a status server-side. `metadata` such as `resourceVersion` is a precondition."""
         document = {
             "apiVersion": f"{GROUP}/{VERSION}",
             "kind": "DeepSpeedFineTune",

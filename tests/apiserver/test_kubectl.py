@@ -51,7 +51,7 @@ def test_explain(kubectl):
     assert "GROUP:      dsft.dev" in text
     assert "globalBatchSize\t<integer> -required-" in text
     assert "Samples per optimizer step over all ranks." in " ".join(text.split())
-    assert "enum: bf16, fp16, fp32" in kubectl("explain", "dsft.spec.training.precision").lower()
+    assert "ENUM: bf16 fp16 fp32" in " ".join(kubectl("explain", "dsft.spec.training.precision").split())
 
 
 def test_wait_for_the_end(runs, kubectl):

@@ -49,15 +49,27 @@ def test_stale_version_is_a_conflict(runs):
         runs.apply_status("chat", {"attempt": 2}, resourceVersion=created["resourceVersion"])
     assert (refused.value.code, refused.value.reason) == (409, "Conflict")
     assert runs.get("chat")["status"]["attempt"] == 1
-    runs.apply_status("chat", {"attempt": 2}, resourceVersion=first["metadata"]["resourceVersion"], uid=created["uid"])
+    runs.apply_status("chat", {"attempt": 2}, resourceVersion=first["metadata"]["resourceVersion"])
     assert runs.get("chat")["status"]["attempt"] == 2
 
 
-def test_status_of_another_resource_of_that_name_is_a_conflict(runs):
+def test_version_of_a_resource_that_had_the_name_before_is_a_conflict(runs):
+    """A resource version is enough to tell namesakes apart; a uid in an applied status is not looked at."""
+    gone = runs.create(MANIFEST)["metadata"]
+    runs.delete("chat")
     runs.create(MANIFEST)
     with pytest.raises(RefusedError) as refused:
-        runs.apply_status("chat", {"attempt": 2}, uid="00000000-0000-0000-0000-000000000000")
+        runs.apply_status("chat", {"attempt": 2}, resourceVersion=gone["resourceVersion"])
     assert (refused.value.code, refused.value.reason) == (409, "Conflict")
+    assert "attempt" not in runs.get("chat")["status"]
+
+
+def test_status_of_a_resource_that_is_gone_makes_none(runs):
+    gone = runs.create(MANIFEST)["metadata"]
+    runs.delete("chat")
+    with pytest.raises(RefusedError) as refused:
+        runs.apply_status("chat", {"attempt": 2}, resourceVersion=gone["resourceVersion"])
+    assert refused.value.code == 404
 
 
 def test_same_status_again_is_no_write(runs):
