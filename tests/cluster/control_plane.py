@@ -6,10 +6,12 @@ On loopback and free ports for tests that need an API server only; on an address
 
 import contextlib
 import ipaddress
+import json
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +21,7 @@ import yaml
 from tests.cluster.build import kubernetes
 from tests.cluster.certificates import Authority, KeyPair, new_key
 from tests.cluster.crds import our_crds, raycluster_crd
-from tests.cluster.processes import Process, answers, end_recorded, executable, free_ports
+from tests.cluster.processes import POLL_SECONDS, Process, answers, end_recorded, executable, free_ports
 from tests.cluster.scratch import scratch_folder
 
 LOOPBACK = "127.0.0.1"
@@ -119,9 +121,20 @@ class ControlPlane:
         files = [f"--filename={manifest}" for manifest in manifests]
         # Server-side: the RayCluster's is too large for the annotation of a client-side apply.
         self.kubectl("apply", "--server-side", *files)
-        # kubectl fails on an object whose status has no conditions yet.
-        for fact in ("jsonpath={.status.conditions}", "condition=Established"):
-            self.kubectl("wait", f"--for={fact}", "--timeout=30s", *files)
+        # Not `kubectl wait`: it ends with an error while the conditions of a new CRD are null.
+        deadline = time.monotonic() + START_SECONDS
+        while not self._are_established(files):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"not served after {START_SECONDS:.0f} s: {', '.join(map(str, manifests))}")
+            time.sleep(POLL_SECONDS)
+
+    def _are_established(self, files: Sequence[str]) -> bool:
+        found = json.loads(self.kubectl("get", "--output=json", *files))
+        return all(
+            any(each["type"] == "Established" and each["status"] == "True" for each in conditions)
+            for each in found.get("items", [found])
+            for conditions in [(each.get("status") or {}).get("conditions") or ()]
+        )
 
     def start_controller_manager(self, *controllers: str, program: Path | None = None) -> Process:
         """Start kube-controller-manager with these controllers, or the usual ones; returns when it is ready.
