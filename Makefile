@@ -17,9 +17,9 @@ demo: venv ## Fine-tune a real model on real data here, export it and try it: th
 	$(BIN)/python -m dsft_demo
 
 .PHONY: test
-test: venv lint verify ## Check style, types, generated files, and run every test but the benches and those on an API server
+test: venv lint verify ## Check style, types, generated files, and run every test but the benches and those on a cluster
 	@# By file, since files share what takes long to make; two, since a start of ranks leaves one core idle.
-	$(BIN)/python -m pytest tests --ignore=tests/bench --ignore=tests/apiserver --ignore=tests/e2e --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest tests --ignore=tests/bench --ignore=tests/e2e --numprocesses 2 --dist loadfile
 
 .PHONY: cluster-up
 cluster-up: venv ## Start the disposable test cluster, as root; prints its kubeconfig

@@ -47,6 +47,15 @@ class ApiModel(BaseModel):
 
     rules: ClassVar[tuple[Rule, ...]] = ()
 
+    @property
+    def asked(self) -> frozenset[str]:
+        """Fields that were given another value than their default.
+
+        One that equals its default asks for nothing: the API server writes the defaults into every live object.
+        """
+        fields = type(self).model_fields
+        return frozenset(name for name in self.model_fields_set if getattr(self, name) != fields[name].default)
+
     def to_wire(self) -> dict[str, Any]:
         """The JSON form: camelCase keys, absent instead of null."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)

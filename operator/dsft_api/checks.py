@@ -111,10 +111,10 @@ def evaluation_needs_data(spec: FineTuneSpec) -> Iterator[Problem]:
     if spec.data is None or spec.data.eval is not None or spec.data.eval_fraction is not None:
         return
     remedy = "add spec.data.eval or spec.data.evalFraction, or remove it"
-    if written := spec.evaluation.model_fields_set:
-        alias = type(spec.evaluation).model_fields[min(written)].alias
+    if asked := spec.evaluation.asked:
+        alias = type(spec.evaluation).model_fields[min(asked)].alias
         yield Problem(f"spec.evaluation.{alias}", "there is no evaluation data", remedy)
-    if "keep_best" in spec.checkpoint.model_fields_set and spec.checkpoint.keep_best > 0:
+    if "keep_best" in spec.checkpoint.asked and spec.checkpoint.keep_best > 0:
         yield Problem("spec.checkpoint.keepBest", "there is no evaluation data to find the best by", remedy)
 
 

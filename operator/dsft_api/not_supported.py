@@ -1,7 +1,6 @@
 """What the schema accepts but nothing carries out yet (design law 10), and what only a cluster carries out.
 
-Only what the user wrote counts, not defaults, which the API server writes into every resource. A row is deleted in the
-change that builds its feature.
+Only what the user wrote counts, not defaults. A row is deleted in the change that builds its feature.
 """
 
 from collections.abc import Iterator
@@ -104,9 +103,9 @@ def written(part: ApiModel, path: str, above: Path = ()) -> Iterator[tuple[Path,
     """
     name, _, rest = path.partition(".")
     wire = name.removesuffix("[]")
-    attribute, field = {field.alias: (attribute, field) for attribute, field in type(part).model_fields.items()}[wire]
+    attribute = {field.alias: attribute for attribute, field in type(part).model_fields.items()}[wire]
     value = getattr(part, attribute)
-    if attribute not in part.model_fields_set or value is None or value == field.default:
+    if attribute not in part.asked or value is None:
         return
     places = enumerate(value) if name.endswith("[]") else ((None, value),)
     for index, item in places:
