@@ -8,6 +8,7 @@ import asyncio
 import logging
 import random
 import signal
+from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 
@@ -21,6 +22,7 @@ from dsft_operator.adapters.kube import KubeApi
 from dsft_operator.adapters.ray_jobs import RayJobsHttp
 from dsft_operator.config import OperatorConfig
 from dsft_operator.ports import Key, KubeError, KubeRayMissing
+from dsft_operator.runtime.health import Health
 from dsft_operator.runtime.http import application
 from dsft_operator.runtime.kopf_bridge import EventSource
 from dsft_operator.runtime.reconciler import Reconciler
@@ -55,12 +57,16 @@ async def run(config: OperatorConfig) -> None:
         DEPTH.set_function(lambda: len(queue))
         ray = RayJobsHttp(session, config.ray.dashboard_port, config.ray.request_timeout_seconds)
         reconciler = Reconciler(kube, ray, SystemClock(), config)
-        watches = Watches(config, queue, kube)
-        await stack.enter_async_context(_served(config, watches))
+        health = Health(config.intervals.resync_seconds)
+        watches = Watches(config, queue, kube, health)
+        await stack.enter_async_context(_Server(application(health.problems, watches.obstacles), config.http_port))
         chance = random.Random()  # noqa: S311  jitter, no secret
         tasks = [
             *(asyncio.create_task(work(queue, reconciler), name=f"worker-{n}") for n in range(config.workers)),
-            asyncio.create_task(resync(queue, kube, config.intervals.resync_seconds, chance), name="resync"),
+            asyncio.create_task(
+                resync(queue, kube, health, reconciler, config.intervals.resync_seconds, chance), name="resync"
+            ),
+            asyncio.create_task(health.beat(), name="heart"),
             asyncio.create_task(watches.run(), name="watches"),
         ]
         log.info("started", extra={"workers": config.workers})
@@ -77,16 +83,17 @@ async def run(config: OperatorConfig) -> None:
 class Watches:
     """The event source, begun anew when KubeRay's API comes or goes."""
 
-    def __init__(self, config: OperatorConfig, queue: WorkQueue, kube: KubeApi) -> None:
+    def __init__(self, config: OperatorConfig, queue: WorkQueue, kube: KubeApi, health: Health) -> None:
         self._config = config
         self._queue = queue
         self._kube = kube
+        self._health = health
         self._source: EventSource | None = None
 
-    @property
-    def are_up(self) -> bool:
-        """Whether events are being watched for."""
-        return self._source is not None and self._source.is_watching
+    def obstacles(self) -> Iterator[str]:
+        """Why events are not watched for, if so."""
+        if self._source is None or not self._source.is_watching:
+            yield "the watches are not up"
 
     async def run(self) -> None:
         """Watch until cancelled or signalled."""
@@ -94,7 +101,7 @@ class Watches:
             installed = await self._has_kuberay()
             if not installed:
                 log.warning("KubeRay is not installed: waiting for its API")
-            self._source = EventSource(self._config, self._queue, with_kuberay=installed)
+            self._source = EventSource(self._config, self._queue, self._health, with_kuberay=installed)
             task = asyncio.create_task(self._source.run())
             try:
                 while await self._has_kuberay() == installed:
@@ -117,10 +124,6 @@ class Watches:
                 await asyncio.sleep(KUBERAY_PROBE_SECONDS)
                 continue
             return True
-
-
-def _served(config: OperatorConfig, watches: Watches) -> "_Server":
-    return _Server(application(lambda: watches.are_up), config.http_port)
 
 
 class _Server:

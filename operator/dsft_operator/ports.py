@@ -36,8 +36,8 @@ class Kube(Protocol):
         """The resource; None if it is gone."""
         ...
 
-    async def runs(self) -> list[Key]:
-        """All resources that are served."""
+    async def runs(self) -> dict[Key, str]:
+        """All resources that are served, with their resourceVersions."""
         ...
 
     async def cluster(self, key: Key, name: str, run_uid: str) -> Cluster | None:

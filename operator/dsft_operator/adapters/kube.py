@@ -57,8 +57,8 @@ class KubeApi:
         )
         return None if raw is None else run_of(cast("dict[str, Any]", raw), self._config)
 
-    async def runs(self) -> list[Key]:
-        found: list[Key] = []
+    async def runs(self) -> dict[Key, str]:
+        found: dict[Key, str] = {}
         for namespace in self._config.watch_namespaces or (None,):
             page: str | None = ""
             while page is not None:
@@ -71,7 +71,8 @@ class KubeApi:
                     else self._objects.list_namespaced_custom_object(GROUP, VERSION, namespace, PLURAL, **options)
                 )
                 raw = cast("dict[str, Any]", await _done(listed))
-                found += [Key(item["metadata"]["namespace"], item["metadata"]["name"]) for item in raw["items"]]
+                for meta in (item["metadata"] for item in raw["items"]):
+                    found[Key(meta["namespace"], meta["name"])] = meta["resourceVersion"]
                 page = raw["metadata"].get("continue") or None
         return found
 

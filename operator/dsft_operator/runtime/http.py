@@ -1,22 +1,22 @@
-"""/healthz, /readyz and /metrics on one port.
+"""/healthz, /readyz and /metrics on one port. What is wrong stands in the answer, for whoever asks by hand.
 
-Healthy: the event loop turns, or there would be no answer. Ready: the watches run.
+A container that is not healthy should be started again; one that is not ready yet is left alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 
-def application(is_ready: Callable[[], bool]) -> web.Application:
-    """The three endpoints."""
+def application(ailments: Callable[[], Iterable[str]], obstacles: Callable[[], Iterable[str]]) -> web.Application:
+    """The three endpoints, from what is wrong (unhealthy) and what is still to come (not ready)."""
 
     async def healthz(_: web.Request) -> web.Response:
-        return _answer(good=True)
+        return _answer(ailments())
 
     async def readyz(_: web.Request) -> web.Response:
-        return _answer(good=is_ready())
+        return _answer(obstacles())
 
     async def metrics(_: web.Request) -> web.Response:
         return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
@@ -28,5 +28,6 @@ def application(is_ready: Callable[[], bool]) -> web.Application:
     return app
 
 
-def _answer(*, good: bool) -> web.Response:
-    return web.Response(text="ok\n" if good else "not ok\n", status=200 if good else 503)
+def _answer(problems: Iterable[str]) -> web.Response:
+    text = "".join(f"{problem}\n" for problem in problems)
+    return web.Response(text=text or "ok\n", status=503 if text else 200)

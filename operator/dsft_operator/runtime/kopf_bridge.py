@@ -17,6 +17,7 @@ from dsft_api import KIND
 from dsft_operator.config import OperatorConfig
 from dsft_operator.core import naming
 from dsft_operator.ports import Key
+from dsft_operator.runtime.health import Health
 from dsft_operator.runtime.workqueue import WorkQueue
 
 log = logging.getLogger(__name__)
@@ -39,9 +40,10 @@ class _EndlessBackoff:
 class EventSource:
     """Feeds a queue from watches, and says how they are."""
 
-    def __init__(self, config: OperatorConfig, queue: WorkQueue, *, with_kuberay: bool) -> None:
+    def __init__(self, config: OperatorConfig, queue: WorkQueue, health: Health, *, with_kuberay: bool) -> None:
         self._config = config
         self._queue = queue
+        self._health = health
         self._with_kuberay = with_kuberay
         self.is_watching = False
 
@@ -75,11 +77,12 @@ class EventSource:
     def _registry(self) -> kopf.OperatorRegistry:
         registry = kopf.OperatorRegistry()
         kopf.on.login(registry=registry)(_login)
-        queue = self._queue
+        queue, health = self._queue, self._health
 
         @kopf.on.event("dsft.dev", "v1alpha1", "deepspeedfinetunes", registry=registry)
-        async def on_run(namespace: str | None, name: str | None, **_: Any) -> None:
+        async def on_run(namespace: str | None, name: str | None, meta: Json, **_: Any) -> None:
             if namespace and name:
+                health.heard(Key(namespace, name), meta.get("resourceVersion", ""))
                 queue.add(Key(namespace, name))
 
         async def on_part(namespace: str | None, labels: Json, meta: Json, **_: Any) -> None:

@@ -4,11 +4,11 @@ The order is the safety: an intent is in the status before it is carried out, an
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 
 from dsft_api.conditions import Phase
 from dsft_api.status import FineTuneStatus
@@ -31,6 +31,7 @@ MAX_STUCK = 1
 REFUSALS = ("InvalidRayClusterSpec", "InvalidRayClusterMetadata", "InvalidRayClusterStatus")
 RECONCILES = Counter("dsft_reconcile_total", "Passes over a run, by how they ended.", ["result"])
 SECONDS = Histogram("dsft_reconcile_duration_seconds", "Duration of a pass over a run.")
+RUNS = Gauge("dsft_runs", "Runs by phase, as the operator last saw them.", ["phase"])
 
 
 @dataclass
@@ -62,11 +63,19 @@ class Reconciler:
         decide: Callable[..., do.Decision] = plan,
     ) -> None:
         self.evidence = Evidence({})
+        self._phases: dict[Key, Phase] = {}
+        for phase in Phase:
+            RUNS.labels(phase).set_function(lambda phase=phase: sum(p is phase for p in self._phases.values()))
         self._kube = kube
         self._ray = ray
         self._clock = clock
         self._config = config
         self._decide = decide
+
+    @property
+    def known(self) -> Set[Key]:
+        """The runs that something is remembered of: they are forgotten by a pass that finds them gone."""
+        return self._phases.keys()
 
     async def reconcile(self, key: Key) -> float | None:
         """One pass; seconds until the next one is wanted, None if only an event should bring it.
@@ -91,10 +100,12 @@ class Reconciler:
         run = await self._kube.run(key)
         if run is None:
             self.evidence.forget(key)
+            self._phases.pop(key, None)
             return None
         also(uid=run.uid, attempt=run.status.attempt)
         seen = await self._observe(key, run)
         decision = self._decide(seen, self._clock.now(), self._config)
+        self._phases[key] = (decision.status or run.status).phase or Phase.PENDING
         version = run.resource_version
         for action in decision.actions:
             try:

@@ -9,6 +9,7 @@ import logging
 import random
 
 from dsft_operator.ports import Key, Kube, KubeError
+from dsft_operator.runtime.health import Health
 from dsft_operator.runtime.logs import about
 from dsft_operator.runtime.reconciler import Reconciler
 from dsft_operator.runtime.workqueue import WorkQueue
@@ -42,15 +43,18 @@ async def _pass(reconciler: Reconciler, key: Key) -> float | None:
             raise
 
 
-async def resync(queue: WorkQueue, kube: Kube, seconds: float, chance: random.Random) -> None:
-    """Put every resource into the queue, now and then, until cancelled."""
+async def resync(
+    queue: WorkQueue, kube: Kube, health: Health, reconciler: Reconciler, seconds: float, chance: random.Random
+) -> None:
+    """Put every resource into the queue, now and then, until cancelled; also those that were known and are gone."""
     while True:
         try:
-            keys: list[Key] = await kube.runs()
+            versions = await kube.runs()
         except KubeError as error:
             log.warning("resources cannot be listed: %s", error)
             await asyncio.sleep(min(seconds, 10.0))
             continue
-        for key in keys:
+        health.listed(versions)
+        for key in versions.keys() | reconciler.known:
             queue.add(key)
         await asyncio.sleep(seconds * chance.uniform(0.8, 1.2))

@@ -7,20 +7,25 @@ client-go's workqueue.
 import asyncio
 import contextlib
 import random
+import time
 from collections import deque
 from collections.abc import AsyncGenerator
+
+from prometheus_client import Counter, Histogram
 
 from dsft_operator.ports import Key
 
 FIRST_BACKOFF_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 300.0
+LATENCY = Histogram("dsft_queue_latency_seconds", "From the moment a run is due to the moment a worker takes it.")
+RETRIES = Counter("dsft_queue_retries_total", "Passes that failed and are tried again.")
 
 
 class WorkQueue:
     """Keys to look at, now or at a time. For one event loop."""
 
     def __init__(self, chance: random.Random | None = None) -> None:
-        self._ready: deque[Key] = deque()
+        self._ready: deque[tuple[Key, float]] = deque()
         self._waiting: set[Key] = set()
         self._working: set[Key] = set()
         self._again: set[Key] = set()
@@ -39,7 +44,7 @@ class WorkQueue:
             self._again.add(key)
         elif key not in self._waiting:
             self._waiting.add(key)
-            self._ready.append(key)
+            self._ready.append((key, time.monotonic()))
             self._wake.set()
 
     def add_after(self, key: Key, seconds: float) -> None:
@@ -59,7 +64,8 @@ class WorkQueue:
         while not self._ready:
             self._wake.clear()
             await self._wake.wait()
-        key = self._ready.popleft()
+        key, due = self._ready.popleft()
+        LATENCY.observe(time.monotonic() - due)
         self._waiting.discard(key)
         self._working.add(key)
         # What was planned for later is planned anew by whoever works on it now.
@@ -81,6 +87,7 @@ class WorkQueue:
             self.add(key)
 
     def _retry(self, key: Key) -> None:
+        RETRIES.inc()
         count = self._failures[key] = self._failures.get(key, 0) + 1
         pause = min(MAX_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2 ** min(count - 1, 16))
         self.add_after(key, pause * self._chance.uniform(0.5, 1.0))

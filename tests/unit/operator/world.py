@@ -198,8 +198,9 @@ class FakeKube:
         self._up()
         return None if self._world.gone else run_of(self._world.raw, CONFIG)
 
-    async def runs(self) -> list[Key]:
-        return [] if self._world.gone else [KEY]
+    async def runs(self) -> dict[Key, str]:
+        self._up()
+        return {} if self._world.gone else {KEY: str(self._world.version)}
 
     async def cluster(self, key: Key, name: str, run_uid: str) -> Cluster | None:
         self._up()
