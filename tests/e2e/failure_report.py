@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 from typing import Any
 
-import yaml
-
 from dsft_api import PLURAL
 from tests.cluster.kubectl import KubectlError
 from tests.cluster.operator_install import Install
@@ -40,7 +38,18 @@ def _told(title: str, read: Any) -> Iterator[str]:
 
 def _runs(tenant: Tenant) -> str:
     runs = tenant.kubectl.read(PLURAL)["items"]
-    return "\n".join(yaml.safe_dump({run["metadata"]["name"]: run.get("status")}, sort_keys=False) for run in runs)
+    return "\n".join(line for run in runs for line in _run(run["metadata"]["name"], run.get("status") or {}))
+
+
+def _run(name: str, status: Document) -> Iterator[str]:
+    """A run in a few lines; a condition's words only where they are not the run's own."""
+    yield f"{name}: {status.get('phase')}: {status.get('message')}"
+    for condition in status.get("conditions", ()):
+        words = "" if condition["message"] == status.get("message") else f": {condition['message']}"
+        yield f"  {condition['type']}={condition['status']} {condition['reason']}{words}"
+    yield from (f"  attempt {attempt}" for attempt in status.get("attempts", ()))
+    parts = {key: status[key] for key in ("rayCluster", "job", "progress", "checkpoints") if key in status}
+    yield f"  {parts}"
 
 
 def _containers(tenant: Tenant) -> str:
