@@ -99,12 +99,14 @@ lint: venv ## Style, types and import contracts
 	$(BIN)/lint-imports --no-cache
 
 .PHONY: generate
-generate: venv ## Write crds/ and docs/reference/ from the models
+generate: venv ## Write crds/, docs/reference/ and examples/install/ from the code
 	$(BIN)/python -m dsft_api.generate
+	$(BIN)/python -m dsft_operator.install
 
 .PHONY: verify
 verify: venv ## Fail if a generated file is not fresh
 	$(BIN)/python -m dsft_api.generate --check
+	$(BIN)/python -m dsft_operator.install --check
 
 .PHONY: bench
 bench: venv ## Start-up and steady state against bare torchrun and DeepSpeed; minutes, wants an idle machine

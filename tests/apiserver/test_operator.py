@@ -15,6 +15,7 @@ import yaml
 from kubernetes.client import CoreV1Api, CustomObjectsApi, NetworkingV1Api
 from kubernetes.config import new_client_from_config
 
+from dsft_operator.install import FILE, NAME, NAMESPACE
 from tests.apiserver.fake_head import FakeHead
 from tests.apiserver.server import ApiServer, Runs
 from tests.cluster.kuberay.controller import Standin
@@ -54,7 +55,6 @@ class Operator:
         file = self.folder / "config.yaml"
         document = {
             "kind": "OperatorConfig",
-            "namespace": self.namespace,
             "watchNamespaces": [self.namespace],
             "image": {"trainer": "registry.test/dsft-trainer:1"},
             "ray": {"dashboardPort": self.port},
@@ -129,10 +129,18 @@ class Scene:
         self.until(phase, lambda: self.status().get("phase") == phase)
 
 
+@pytest.fixture(scope="module")
+def operator_account(api_server: ApiServer) -> Path:
+    """A kubeconfig with the rights of the installed operator, and no others: a right that is missing fails a test."""
+    api_server.plane.kubectl("apply", f"--filename={ROOT / FILE}")
+    user = f"system:serviceaccount:{NAMESPACE}:{NAME}"
+    return api_server.plane.kubeconfig("operator", user, ["system:serviceaccounts", "system:authenticated"])
+
+
 @pytest.fixture
-def scene(api_server: ApiServer, runs: Runs, tmp_path: Path) -> Iterator[Scene]:
+def scene(api_server: ApiServer, operator_account: Path, runs: Runs, tmp_path: Path) -> Iterator[Scene]:
     head = FakeHead()
-    operator = Operator(tmp_path, api_server.kubeconfig, runs.namespace, head.start())
+    operator = Operator(tmp_path, operator_account, runs.namespace, head.start())
     yield Scene(api_server, runs, operator, head)
     if operator.process is not None:
         operator.kill()

@@ -6,15 +6,11 @@ What an admin decides for all runs is the OperatorConfig here: the trainer image
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
-from dsft_api.resource import digest
+from dsft_operator.install import NAME, NAMESPACE, manifests
 from tests.cluster.images import Images
 from tests.cluster.kubectl import Kubectl
 from tests.cluster.up import Storage
 
-NAMESPACE = "dsft-system"
-NAME = "dsft-operator"
 S3_SECRET = "s3"
 ROLLOUT_SECONDS = 180
 Document = dict[str, Any]
@@ -75,86 +71,4 @@ def s3_secret(name: str, access_key: str, secret_key: str) -> Document:
         "kind": "Secret",
         "metadata": {"name": name},
         "stringData": {"AWS_ACCESS_KEY_ID": access_key, "AWS_SECRET_ACCESS_KEY": secret_key},
-    }
-
-
-def manifests(image: str, config: Document) -> list[Document]:
-    """Everything of the operator but the CRD."""
-    account = {"kind": "ServiceAccount", "name": NAME, "namespace": NAMESPACE}
-    return [
-        {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}},
-        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": NAME, "namespace": NAMESPACE}},
-        _rbac("ClusterRole", {"name": NAME}, rules=_CLUSTER_RULES),
-        _rbac("ClusterRoleBinding", {"name": NAME}, roleRef=_role("ClusterRole"), subjects=[account]),
-        _rbac("Role", {"name": NAME, "namespace": NAMESPACE}, rules=_OWN_RULES),
-        _rbac("RoleBinding", {"name": NAME, "namespace": NAMESPACE}, roleRef=_role("Role"), subjects=[account]),
-        {
-            "apiVersion": "v1",
-            "kind": "ConfigMap",
-            "metadata": {"name": NAME, "namespace": NAMESPACE},
-            "data": {"config.yaml": yaml.safe_dump(config, sort_keys=False)},
-        },
-        # A changed ConfigMap alone would start no new pod.
-        _deployment(image, annotations={"dsft.dev/config-digest": digest(config)}),
-    ]
-
-
-_CLUSTER_RULES = [
-    {"apiGroups": ["dsft.dev"], "resources": ["deepspeedfinetunes"], "verbs": ["get", "list", "watch", "patch"]},
-    {"apiGroups": ["dsft.dev"], "resources": ["deepspeedfinetunes/status"], "verbs": ["get", "patch"]},
-    {"apiGroups": ["dsft.dev"], "resources": ["deepspeedfinetunes/finalizers"], "verbs": ["update"]},
-    {"apiGroups": ["ray.io"], "resources": ["rayclusters"], "verbs": ["get", "list", "watch", "create", "delete"]},
-    {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]},
-    {"apiGroups": [""], "resources": ["secrets", "events"], "verbs": ["create"]},
-    {"apiGroups": ["networking.k8s.io"], "resources": ["networkpolicies"], "verbs": ["create"]},
-]
-_OWN_RULES = [{"apiGroups": [""], "resources": ["secrets"], "resourceNames": ["dsft-root-key"], "verbs": ["get"]}]
-
-
-def _rbac(kind: str, metadata: Document, **fields: Any) -> Document:
-    return {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": kind, "metadata": metadata, **fields}
-
-
-def _role(kind: str) -> Document:
-    return {"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": NAME}
-
-
-def _deployment(image: str, annotations: dict[str, str]) -> Document:
-    labels = {"app.kubernetes.io/name": NAME}
-    probe = {"periodSeconds": 5, "timeoutSeconds": 5}
-    container = {
-        "name": "operator",
-        "image": image,
-        "env": [
-            {"name": "POD_NAMESPACE", "valueFrom": {"fieldRef": {"fieldPath": "metadata.namespace"}}},
-            {"name": "DSFT_CONFIG", "value": "/etc/dsft/config.yaml"},
-        ],
-        "ports": [{"name": "http", "containerPort": 8080}],
-        "readinessProbe": {"httpGet": {"path": "/readyz", "port": "http"}, **probe},
-        "livenessProbe": {"httpGet": {"path": "/healthz", "port": "http"}, "failureThreshold": 6, **probe},
-        "resources": {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"memory": "512Mi"}},
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        },
-        "volumeMounts": [{"name": "config", "mountPath": "/etc/dsft", "readOnly": True}],
-    }
-    pod = {
-        "serviceAccountName": NAME,
-        "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
-        "containers": [container],
-        "volumes": [{"name": "config", "configMap": {"name": NAME}}],
-    }
-    return {
-        "apiVersion": "apps/v1",
-        "kind": "Deployment",
-        "metadata": {"name": NAME, "namespace": NAMESPACE, "labels": labels},
-        "spec": {
-            "replicas": 1,
-            # Two at once would do no harm, and no good either.
-            "strategy": {"type": "Recreate"},
-            "selector": {"matchLabels": labels},
-            "template": {"metadata": {"labels": labels, "annotations": annotations}, "spec": pod},
-        },
     }

@@ -88,7 +88,12 @@ CONTRADICTIONS = [
         "no evaluation data",
         "spec.data.eval",
     ),
-    ({**NO_EVAL, "spec.evaluation.metric": "perplexity"}, "spec.evaluation.metric", "no evaluation data", "evalFraction"),
+    (
+        {**NO_EVAL, "spec.evaluation.metric": "perplexity"},
+        "spec.evaluation.metric",
+        "no evaluation data",
+        "evalFraction",
+    ),
     ({**NO_EVAL, "spec.checkpoint.keepBest": 2}, "spec.checkpoint.keepBest", "no evaluation data", "remove it"),
     ({"spec.evaluation.metric": "f1"}, "spec.evaluation.metric", "for task sequence-cl", "use loss or perplexity"),
     (
