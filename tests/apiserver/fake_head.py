@@ -29,6 +29,7 @@ class FakeHead:
     progress: Progress | None = None
     step: int = 0
     hold: bool = False
+    last_words: str | None = None  # of a driver that failed, with exit code 5
     on_step: Callable[["FakeHead"], None] | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
     server: ThreadingHTTPServer | None = None
@@ -86,6 +87,8 @@ class FakeHead:
         submission = path.rpartition("/")[2]
         if submission not in self.jobs:
             return 404, f"Job {submission} does not exist"
+        if self.last_words is not None:
+            return 200, json.dumps({"status": "FAILED", "message": self.last_words, "driver_exit_code": 5})
         self._move(submission)
         return 200, json.dumps({"status": self.jobs[submission], "message": "", "driver_exit_code": None})
 

@@ -233,6 +233,17 @@ def test_a_lost_head_is_another_attempt_on_the_same_cluster(scene: Scene, kubera
     assert scene.status()["rayCluster"]["uid"] == before["metadata"]["uid"]
 
 
+def test_words_that_yaml_cannot_hold_reach_the_status(scene: Scene, kuberay: None) -> None:
+    """An applied body is read as YAML, which has no surrogates and takes no control characters."""
+    scene.head.last_words = "loss went to the moon \U0001f680, then \x1b[31mred\x7f\x85\u2028\ufeff"
+    scene.operator.start()
+    scene.apply()
+    scene.until_phase("Failed")
+    assert scene.status()["attempts"][-1]["class"] == "Diverged"
+    assert "moon \U0001f680, then" in scene.status()["message"]
+    scene.until("cluster freed", lambda: not scene.clusters())
+
+
 def test_suspend_frees_the_cluster_and_resume_goes_on(scene: Scene, kuberay: None) -> None:
     scene.head.hold = True
     scene.operator.start()

@@ -9,6 +9,7 @@ Status goes by server-side apply with uid and resourceVersion, so a write that i
 
 import base64
 import json
+import re
 import secrets
 from collections.abc import Awaitable
 from typing import Any, TypeVar, cast
@@ -31,7 +32,8 @@ from dsft_operator.ports import Conflict, Key, KubeError, KubeRayMissing, Manife
 GROUP, VERSION, PLURAL = "dsft.dev", "v1alpha1", "deepspeedfinetunes"
 RAY_GROUP, RAY_VERSION, RAY_PLURAL = "ray.io", "v1", "rayclusters"
 FIELD_MANAGER = "dsft-operator"
-APPLY = "application/apply-patch+yaml"
+# With a parameter, which the API server cuts off: without it the client would write the text as JSON once more.
+APPLY = "application/apply-patch+yaml; charset=utf-8"
 MERGE = "application/merge-patch+json"
 TIMEOUT_SECONDS = 20.0
 PAGE = 500
@@ -44,6 +46,7 @@ class KubeApi:
 
     def __init__(self, api: client.ApiClient, config: OperatorConfig) -> None:
         self._config = config
+        self._api = api
         self._objects = client.CustomObjectsApi(api)
         self._core = client.CoreV1Api(api)
         self._networking = client.NetworkingV1Api(api)
@@ -241,20 +244,23 @@ class KubeApi:
             },
             "status": status.to_wire(),
         }
-        await _done(
-            self._objects.patch_namespaced_custom_object_status(
-                GROUP,
-                VERSION,
-                run.namespace,
-                PLURAL,
-                run.name,
-                body,
-                field_manager=FIELD_MANAGER,
-                force=True,
-                _content_type=APPLY,
-                _request_timeout=TIMEOUT_SECONDS,
-            )
+        path = f"/apis/{GROUP}/{VERSION}/namespaces/{run.namespace}/{PLURAL}/{run.name}/status"
+        await _done(self._apply(path, body))
+
+    async def _apply(self, path: str, body: Manifest) -> None:
+        """Apply server-side. By hand, since the client's own method writes the body as ASCII JSON, see `applied`."""
+        request = await self._api.param_serialize(
+            method="PATCH",
+            resource_path=path,
+            query_params=[("fieldManager", FIELD_MANAGER), ("force", "true")],
+            header_params={"Content-Type": APPLY, "Accept": "application/json"},
+            body=applied(body),
+            auth_settings=["BearerToken"],
         )
+        response = await self._api.call_api(*request, _request_timeout=TIMEOUT_SECONDS)
+        text = (await response.read() or b"").decode(errors="replace")
+        if response.status != 200:
+            raise ApiException.from_response(http_resp=response, body=text, data=None)
 
     async def event(self, run: Run, kind: str, reason: str, message: str) -> None:
         await _done(
@@ -281,6 +287,22 @@ class KubeApi:
             )
             found = await _done(read(name, namespace, _request_timeout=TIMEOUT_SECONDS))
         return base64.b64decode((found.data or {})["key"])
+
+
+def applied(body: Manifest) -> str:
+    """A body to apply, as JSON that is YAML too: the API server reads it as such.
+
+    YAML knows no surrogates, by which ASCII JSON writes an emoji, and takes no control characters as they are.
+    """
+    return _NOT_YAML.sub(_escaped, json.dumps(body, ensure_ascii=False))
+
+
+_NOT_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
+
+
+def _escaped(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return "\ufffd" if 0xD800 <= code <= 0xDFFF else f"\\u{code:04x}"
 
 
 async def _done(call: Awaitable[T]) -> T:
