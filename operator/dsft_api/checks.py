@@ -11,9 +11,9 @@ from pydantic.alias_generators import to_camel
 from dsft_api.batch import BatchError, plan_batch
 from dsft_api.deepspeed_config import check_config
 from dsft_api.formats import FORMATS
-from dsft_api.not_supported import check_built
+from dsft_api.not_supported import check_built, written
 from dsft_api.plain_secrets import check_secrets, redacted
-from dsft_api.problem import Problem
+from dsft_api.problem import Problem, field_name
 from dsft_api.resource import DeepSpeedFineTune
 from dsft_api.spec import FineTuneSpec
 from dsft_api.spec.identity import Columns, DataFormat, DatasetSource, DataSpec, EvalSource, Task
@@ -24,6 +24,25 @@ _METRIC_TASK: dict[str, Task] = {
     "accuracy": "sequence-classification",
     "f1": "sequence-classification",
 }
+
+# Settings of the built-in training.
+_BUILT_IN_ONLY = (
+    "evaluation.everySteps",
+    "evaluation.metric",
+    "evaluation.mode",
+    "execution.microBatchSize",
+    "execution.evalBatchSize",
+    "execution.activationCheckpointing",
+    "execution.attention",
+    "execution.lossKernel",
+    "deepspeed.config",
+    "checkpoint.everySteps",
+    "checkpoint.keepLast",
+    "checkpoint.keepBest",
+    "checkpoint.drainSeconds",
+    "export.format",
+    "tracking.tensorboard",
+)
 
 
 def check(resource: DeepSpeedFineTune) -> tuple[Problem, ...]:
@@ -176,6 +195,17 @@ def batch_fits_pools(spec: FineTuneSpec) -> Iterator[Problem]:
         yield Problem("spec.training.globalBatchSize", error.message, error.remedy)
 
 
+def program_has_its_own_settings(spec: FineTuneSpec) -> Iterator[Problem]:
+    """What tells the built-in training how, a program never sees."""
+    if spec.program is None:
+        return
+    for path in _BUILT_IN_ONLY:
+        for place, _ in written(spec, path):
+            yield Problem(
+                field_name(("spec", *place)), "has no effect with spec.program", "remove it; use spec.program.config"
+            )
+
+
 def s3_settings_need_s3(spec: FineTuneSpec) -> Iterator[Problem]:
     """Settings of S3 without anything on S3. Absent storage is the operator's, which may be S3."""
     storage = spec.storage
@@ -217,6 +247,7 @@ RULES: tuple[Callable[[FineTuneSpec], Iterator[Problem]], ...] = (
     metric_fits_task,
     optimisation_fits,
     batch_fits_pools,
+    program_has_its_own_settings,
     s3_settings_need_s3,
     deepspeed_keys_are_free,
     check_built,

@@ -29,7 +29,9 @@ class NotBuilt:
 
 
 NOT_BUILT = (
-    NotBuilt("program", "running your own DeepSpeed code is not built yet"),
+    NotBuilt(
+        "program.source", "code from outside the trainer image is not built yet; install it in an image of your own"
+    ),
     NotBuilt("startFrom", "starting from another run's checkpoint is not built yet"),
     NotBuilt("model.trustRemoteCode", "code from model repositories is never run", (False,)),
     NotBuilt("data.mixture", "mixing data sets is not built yet; use data.train"),

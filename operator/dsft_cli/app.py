@@ -173,6 +173,8 @@ def _refuse_here(resource: DeepSpeedFineTune, filename: str, runtime: str) -> No
         problems.append(
             Problem("spec.data.loader", "ray-data needs Ray", "write torch, or use --runtime ray", data.loader)
         )
+    if runtime == "torchrun" and resource.spec.program is not None:
+        problems.append(Problem("spec.program", "needs Ray", "use --runtime ray"))
     if problems:
         raise ManifestError(filename, tuple(problems))
 

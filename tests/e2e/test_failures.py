@@ -93,7 +93,8 @@ def failing(bucket: Bucket) -> dict[str, Fails]:
             ("the JSON object must be str, bytes or bytearray", "correct the program"),
             {
                 "spec.program": {"entrypoint": "json:loads", "config": {}},
-                **dict.fromkeys(("spec.model", "spec.data", "spec.training")),
+                "spec.execution": {"device": "cpu"},
+                **dict.fromkeys(f"spec.{part}" for part in ("model", "data", "training", "checkpoint", "tracking")),
             },
         ),
     )

@@ -89,14 +89,30 @@ def running(nodes: RayNodes, manifest: Manifest, tmp_path: Path) -> Attempt:
 
 def test_the_kernel_killed_it(running: Attempt, nodes: RayNodes, memory: Memory) -> None:
     memory.say(used=LIMIT // 8, killed=1)
-    (rank,) = [process for process in nodes.members("tight") if "RayTrainWorker" in process.name()]
-    rank.kill()
+    kill_rank(nodes)
     assert_out_of_memory(running, "the kernel killed 1 process(es)")
 
 
 def test_rays_monitor_killed_it(running: Attempt, memory: Memory) -> None:
     memory.say(used=LIMIT - 1, killed=1)
     assert_out_of_memory(running, "killed due to the node running low on memory")
+    memory.say(used=LIMIT // 8, killed=1)
+
+
+def test_somebody_else_killed_it(running: Attempt, nodes: RayNodes, memory: Memory) -> None:
+    """What the kernel and Ray killed before is not taken for the cause again."""
+    kill_rank(nodes)
+    seen = running.ended()
+    assert (seen.state, seen.exit_code) == ("FAILED", ExitCode.OTHER), running.driver_log()
+    told = running.own()
+    assert told is not None
+    assert told.failure is not None
+    assert told.failure.failure_class is FailureClass.WORKER_LOST
+
+
+def kill_rank(nodes: RayNodes) -> None:
+    (rank,) = [process for process in nodes.members("tight") if "RayTrainWorker" in process.name()]
+    rank.kill()
 
 
 def assert_out_of_memory(running: Attempt, words: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dsft_api.conditions import ExitCode, FailureClass
-from dsft_api.layout import EXPORT, RESULT_FILE
+from dsft_api.layout import EXPORT, RESULT_FILE, attempt_logs
 from dsft_api.progress import Progress, TrainerPhase
 from dsft_operator.core.observed import Run
 from dsft_trainer.checkpoint.listing import read_claims, read_commits
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 STEPS = 30
 # Long enough to be stopped, and short enough to be finished.
-LONG = 400
+LONG = 150
 # It never gets there.
 ENDLESS = 20_000
 
@@ -47,7 +47,10 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 def longer(manifest: Manifest, steps: int) -> Manifest:
     """The same training, so long."""
     training = {**manifest["spec"]["training"], "maxSteps": steps}
-    return {**manifest, "spec": {**manifest["spec"], "training": training, "checkpoint": {"everySteps": 5000}}}
+    return {
+        **manifest,
+        "spec": {**manifest["spec"], "training": training, "checkpoint": {"everySteps": 5000, "drainSeconds": 60}},
+    }
 
 
 def commits(run: Run) -> list[int]:
@@ -79,7 +82,9 @@ def test_a_run_succeeds_on_s3_and_is_followed_through_the_operators_adapter(
     stored = open_store(prefix(run)).get_bytes(RESULT_FILE)
     assert stored is not None
     assert Progress.model_validate_json(stored).output == told.output
-    assert f"Running entrypoint for job {first.submission_id}" in first.driver_log()
+    logs = {name: stored_log(run, name) for name in ("driver", "rank-0", "rank-1")}
+    assert "a1.g1 starts from the beginning" in logs["driver"]
+    assert all("a1.g1 starts from the beginning" in text for text in logs.values())
     assert "a1.g1 starts from the beginning" in nodes.log("head"), "the head's own output lacks what the driver printed"
 
 
@@ -144,11 +149,17 @@ def test_a_failure_is_in_the_last_document_and_in_the_exit_code(
     seen = failed.ended()
     assert (seen.state, seen.exit_code) == ("FAILED", ExitCode.ACCESS), failed.driver_log()
     assert f"ModelDenied: {tmp_path / 'nowhere'} does not exist" in seen.message
+    assert f"ModelDenied: {tmp_path / 'nowhere'} does not exist" in stored_log(run, "driver")
     told = failed.own()
     assert told is not None
     assert told.phase is TrainerPhase.FAILED
     assert told.failure is not None
     assert told.failure.failure_class is FailureClass.MODEL_DENIED
+
+
+def stored_log(run: Run, name: str, attempt: int = 1) -> str:
+    """What a process of an attempt printed, as it is in storage."""
+    return (open_store(prefix(run)).get_bytes(f"{attempt_logs(attempt)}/{name}.log") or b"").decode()
 
 
 def drain(nodes: RayNodes, name: str) -> "subprocess.CompletedProcess[str]":

@@ -31,6 +31,7 @@ def drain() -> int:
         ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
         names = [name for name in ray.util.list_named_actors() if name.startswith(RELAY_PREFIX)]
         relays = [ray.get_actor(name) for name in names]
+        relays = [relay for relay in relays if ray.get(relay.drains.remote(), timeout=ANSWER_SECONDS)]
         ray.get([relay.request_drain.remote() for relay in relays], timeout=ANSWER_SECONDS)
         while relays and time.monotonic() < deadline:
             relays = [relay for relay in relays if ray.get(relay.outcome.remote(), timeout=ANSWER_SECONDS) is None]

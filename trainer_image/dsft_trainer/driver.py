@@ -15,11 +15,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from pydantic import ValidationError
 
@@ -28,9 +28,11 @@ from dsft_api.conditions import ExitCode, FailureClass
 from dsft_api.job import CONTRACT, JOB_ENV, Job
 from dsft_api.progress import PROGRESS_FILE, Progress, TrainerPhase
 from dsft_api.status import Inputs
+from dsft_trainer.checkpoint.listing import make_claim
 from dsft_trainer.checkpoint.store import Store, open_store
-from dsft_trainer.drain import drain
+from dsft_trainer.drain import RAY_ADDRESS_ENV, drain
 from dsft_trainer.errors import TrainerError, failure_of
+from dsft_trainer.logs import LogShipper, output_files
 from dsft_trainer.pins import pinned
 from dsft_trainer.preflight import preflight
 from dsft_trainer.process import start_environment
@@ -63,11 +65,19 @@ _RAY_DEFAULTS = {
 
 def run(runtime: str) -> int:
     """Do the attempt that DSFT_JOB describes; the exit code."""
-    with _output_copied(os.environ.get(POD_STDOUT_ENV)):
-        return _run(runtime)
+    printed = output_files()
+    # The last of the log is shipped when the last was printed.
+    with ExitStack() as afterwards, _output_copied(os.environ.get(POD_STDOUT_ENV)):
+        return _run(runtime, lambda job: _ship_log(job, printed, afterwards))
 
 
-def _run(runtime: str) -> int:
+def _ship_log(job: Job, printed: Sequence[Path], afterwards: ExitStack) -> None:
+    """Bring this process's log to storage from now on, where it would go with a pod. `dsft run` keeps it itself."""
+    if os.environ.get(RAY_ADDRESS_ENV):
+        afterwards.enter_context(LogShipper.of(job, _store(job), "driver", printed))
+
+
+def _run(runtime: str, begin: Callable[[Job], None]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     channel = Channel(Path(os.environ.get("DSFT_CHANNEL") or tempfile.mkdtemp(prefix="dsft-channel-")))
     try:
@@ -77,6 +87,7 @@ def _run(runtime: str) -> int:
         return error.exit_code
     for name, value in {**_RAY_DEFAULTS, **start_environment(job)}.items():
         os.environ.setdefault(name, value)
+    begin(job)
     try:
         with only_one(channel.folder):
             return _run_recorded(job, channel, runtime)
@@ -117,15 +128,19 @@ def _redirect_output(target: int) -> None:
 def _run_recorded(job: Job, channel: Channel, runtime: str) -> int:
     """The attempt, with its beginning and a failure written to the progress document; the exit code."""
     channel.reset()
-    _stop_on_signals(channel, job.spec.checkpoint.drain_seconds)
+    # A program is not asked to commit, so there is nothing to wait for.
+    _stop_on_signals(channel, job.spec.checkpoint.drain_seconds if job.spec.program is None else 0)
     channel.publish(starting(job).model_dump_json(by_alias=True, exclude_none=True))
     try:
         outcome = _attempt(job, channel, runtime)
     except Exception as error:  # noqa: BLE001  the edge of the process
         failure = failure_of(error)
         log.error("%s", failure)  # noqa: TRY400
-        _record(job, channel, failure)
+        _record(job, channel, phase=TrainerPhase.FAILED, failure=failure.report())
         return failure.exit_code
+    if job.spec.program is not None:
+        told = _record(job, channel, phase=TrainerPhase.SUCCEEDED, message="done")
+        _store(job).put_bytes(layout.RESULT_FILE, told.encode())
     return ExitCode.INTERRUPTED if outcome is Outcome.INTERRUPTED else ExitCode.OK
 
 
@@ -181,9 +196,14 @@ def _first_line(stream: IO[str]) -> str:
 
 
 def _attempt(job: Job, channel: Channel, runtime: str) -> Outcome:
+    if job.spec.program is not None and runtime != "ray":
+        raise TrainerError(FailureClass.CONFIG_INVALID, "spec.program needs Ray", "use --runtime ray")
     with tempfile.TemporaryDirectory(prefix="dsft-preflight-") as cache:
         preflight(job, Path(cache))
     job = _first_come(job)
+    if job.spec.program is not None:
+        # The built-in ranks claim for themselves, once they know what they start from.
+        make_claim(_store(job), job.attempt, None, job.ranks.count)
     # Imported by name: the torchrun runtime must work where Ray is not installed.
     launcher = importlib.import_module(f"dsft_trainer.runtime.{runtime}")
     return launcher.launch(job, channel)
@@ -194,7 +214,8 @@ def _first_come(job: Job) -> Job:
     store = _store(job)
     first = json.loads(store.get_bytes(layout.RUN_FILE) or b"{}")
     written, told = Inputs.model_validate(first.get("resolved", {})), job.resolved or Inputs()
-    job = pinned(job, written.model_copy(update=told.model_dump(exclude_none=True)))
+    if job.spec.program is None:
+        job = pinned(job, written.model_copy(update=told.model_dump(exclude_none=True)))
     if not first:
         facts = {
             "namespace": job.run.namespace,
@@ -239,26 +260,20 @@ def _stop_on_signals(channel: Channel, drain_seconds: int) -> None:
         signal.signal(number, stop)
 
 
-def _record(job: Job, channel: Channel, failure: TrainerError) -> None:
-    """Write the failure into the progress document, here and in storage."""
+def _record(job: Job, channel: Channel, **changes: Any) -> str:
+    """Write the last document, here and in storage; what was written."""
     path = channel.folder / PROGRESS_FILE
     progress = Progress.model_validate_json(path.read_text()) if path.exists() else starting(job)
-    progress = progress.model_copy(
-        update={
-            "seq": progress.seq + 1,
-            "phase": TrainerPhase.FAILED,
-            "failure": failure.report(),
-            "updated_at": datetime.now(UTC),
-        }
-    )
+    progress = progress.model_copy(update={**changes, "seq": progress.seq + 1, "updated_at": datetime.now(UTC)})
     text = progress.model_dump_json(by_alias=True, exclude_none=True)
     channel.publish(text)
-    if failure.failure_class is FailureClass.STORAGE_DENIED:
-        return
+    if progress.failure is not None and progress.failure.failure_class is FailureClass.STORAGE_DENIED:
+        return text
     try:
         _store(job).put_bytes(layout.PROGRESS_FILE, text.encode())
-    except Exception as error:  # noqa: BLE001  the failure itself is what matters
+    except Exception as error:  # noqa: BLE001  what became of the run is what matters
         log.warning("progress.json could not be written: %s", error)
+    return text
 
 
 def main(arguments: list[str]) -> int:

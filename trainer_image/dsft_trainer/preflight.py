@@ -12,16 +12,29 @@ from dsft_trainer.data.prepare import load
 from dsft_trainer.data.sampler import GlobalBatches
 from dsft_trainer.data.sources import check_model_files, fetch, s3_objects
 from dsft_trainer.errors import TrainerError
+from dsft_trainer.program import check_module
 
 REMOTE = ("hf://", "s3://")
 
 
 def preflight(job: Job, cache: Path) -> None:
-    """Check batch sizes, storage, model folder and data.
+    """Check storage; then the program's module, or batch sizes, model folder and data.
 
     Raises:
         TrainerError: ConfigInvalid, StorageDenied, ModelDenied or DataInvalid, naming field, value and remedy.
     """
+    storage = job.spec.storage
+    if job.spec.program is None:
+        _check_numbers(job)
+    check_writable(open_store(job.storage_prefix, endpoint_url=storage.endpoint_url, region=storage.region))
+    if job.spec.program is not None:
+        check_module(job.spec.program)
+        return
+    _check_model(job, cache / "model")
+    _check_data(job, cache / "data")
+
+
+def _check_numbers(job: Job) -> None:
     spec = job.spec
     training = spec.workload().training
     try:
@@ -36,9 +49,6 @@ def preflight(job: Job, cache: Path) -> None:
             "spec.training.precision: fp16 runs on GPUs only, and this run is on CPU",
             "write bf16 or fp32 instead",
         )
-    check_writable(open_store(job.storage_prefix, endpoint_url=spec.storage.endpoint_url, region=spec.storage.region))
-    _check_model(job, cache / "model")
-    _check_data(job, cache / "data")
 
 
 def _check_model(job: Job, cache: Path) -> None:

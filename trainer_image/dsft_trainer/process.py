@@ -37,7 +37,8 @@ def prepare_process(job: Job) -> None:
         level=logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s rank=" + os.environ.get("RANK", "?") + " %(message)s",
     )
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    for talkative in ("DeepSpeed", "botocore"):
+        logging.getLogger(talkative).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.update(rank_environment(job))
     import torch

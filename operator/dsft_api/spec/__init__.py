@@ -142,7 +142,7 @@ class FineTuneSpec(ApiModel):
         """Model, data and training of a run that brings no program of its own.
 
         Raises:
-            ValueError: if the run is a program or a mixture, which have no trainer yet (`dsft_api.not_supported`).
+            ValueError: if the run is a program or a mixture, which have none.
         """
         if self.model is None or self.data is None or self.training is None or self.data.train is None:
             raise ValueError("spec.program and spec.data.mixture have no built-in workload")

@@ -278,3 +278,17 @@ def test_what_fits_has_no_problem(manifest, edits):
 def test_a_secret_is_told_apart_by_its_place_and_never_shown(manifest):
     (problem,) = problems_of(manifest({"spec.env": [{"name": "HF_TOKEN", "value": "hf_" + "a1B2" * 8}]}))
     assert (problem.field, problem.value) == ("spec.env[0].value", REDACTED)
+
+
+PROGRAM = {"spec.model": None, "spec.data": None, "spec.training": None, "spec.program": {"entrypoint": "mine:train"}}
+
+
+def test_a_program_stands_alone(manifest):
+    assert check(parse(manifest(PROGRAM))) == ()
+
+
+def test_settings_of_the_built_in_training_have_no_effect_on_a_program(manifest):
+    edits = {**PROGRAM, "spec.checkpoint": {"everySteps": 5}, "spec.execution": {"device": "cpu", "microBatchSize": 4}}
+    found = problems_of(manifest(edits))
+    assert {problem.field for problem in found} == {"spec.checkpoint.everySteps", "spec.execution.microBatchSize"}
+    assert {problem.message for problem in found} == {"has no effect with spec.program"}

@@ -38,8 +38,13 @@ NOT_YET = [
         "spec.data.mixture",
     ),
     (
-        {"spec.model": None, "spec.data": None, "spec.training": None, "spec.program": {"entrypoint": "a:b"}},
-        "spec.program",
+        {
+            "spec.model": None,
+            "spec.data": None,
+            "spec.training": None,
+            "spec.program": {"entrypoint": "a:b", "source": {"git": "https://example.com/code.git", "rev": "c0ffee"}},
+        },
+        "spec.program.source",
     ),
 ]
 

@@ -8,7 +8,6 @@ a whole checkpoint or a folder without COMMIT.json, which nobody reads and the n
 import hashlib
 import logging
 import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,15 +21,13 @@ from dsft_api.layout import CHECKPOINTS
 from dsft_trainer import collectives
 from dsft_trainer.checkpoint.commits import (
     COMMIT_FILE,
-    Claim,
     ClaimId,
     Commit,
     CommittedFile,
     commit_name,
-    next_claim,
     superfluous,
 )
-from dsft_trainer.checkpoint.listing import Retention, claimed_ids, manifest, read_claims, read_commits
+from dsft_trainer.checkpoint.listing import Retention, make_claim, manifest, read_claims, read_commits
 from dsft_trainer.checkpoint.store import ObjectMissingError, Store, put_files
 from dsft_trainer.errors import TrainerError
 from dsft_trainer.runtime import Place
@@ -105,7 +102,9 @@ class Checkpointer:
             commits = commits[:-1]
         self.commits = commits
         self.base = commits[-1] if commits else None
-        self._claim = collectives.on_first(self.place.is_first, lambda: self._make_claim(attempt))
+        self._claim = collectives.on_first(
+            self.place.is_first, lambda: make_claim(self.store, attempt, self.base, self.place.world_size)
+        )
         collectives.on_first(self.place.is_first, self._sweep)
         return self.base
 
@@ -176,19 +175,6 @@ class Checkpointer:
             if path.stat().st_size != file.size or _sha256(path) != file.sha256:
                 return False
         return True
-
-    def _make_claim(self, attempt: int) -> ClaimId:
-        while True:
-            claim = Claim(
-                id=next_claim(claimed_ids(self.store), attempt),
-                base=self.base.name if self.base else None,
-                base_step=self.base.step if self.base else 0,
-                world_size=self.place.world_size,
-                start_time=datetime.now(UTC),
-                nonce=uuid.uuid4().hex,
-            )
-            if self.store.put_bytes(claim.id.key, claim.model_dump_json(by_alias=True).encode(), if_absent=True):
-                return claim.id
 
     def _upload(self, folder: Path, name: str) -> None:
         paths = sorted(path for path in folder.rglob("*") if path.is_file())

@@ -2,14 +2,16 @@
 
 import hashlib
 import logging
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from pydantic import ValidationError
 
 from dsft_api.layout import ATTEMPTS, CHECKPOINTS
 from dsft_api.status import CheckpointRef, Checkpoints
-from dsft_trainer.checkpoint.commits import COMMIT_FILE, Claim, ClaimId, Commit, best, lineage
+from dsft_trainer.checkpoint.commits import COMMIT_FILE, Claim, ClaimId, Commit, best, lineage, next_claim
 from dsft_trainer.checkpoint.store import Store
 
 log = logging.getLogger(__name__)
@@ -41,6 +43,21 @@ def claimed_ids(store: Store) -> list[ClaimId]:
     """The ids that are taken, also by damaged claims."""
     ids = (ClaimId.from_key(entry.key) for entry in store.list(f"{ATTEMPTS}/"))
     return [claim for claim in ids if claim is not None]
+
+
+def make_claim(store: Store, attempt: int, base: Commit | None, world_size: int) -> ClaimId:
+    """Claim the next group start of an attempt; it goes on from `base`."""
+    while True:
+        claim = Claim(
+            id=next_claim(claimed_ids(store), attempt),
+            base=base.name if base else None,
+            base_step=base.step if base else 0,
+            world_size=world_size,
+            start_time=datetime.now(UTC),
+            nonce=uuid.uuid4().hex,
+        )
+        if store.put_bytes(claim.id.key, claim.model_dump_json(by_alias=True).encode(), if_absent=True):
+            return claim.id
 
 
 def read_commits(store: Store) -> list[Commit]:

@@ -12,6 +12,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dsft_api.job import Job
 from dsft_api.progress import TrainerFailure
+from dsft_trainer.checkpoint.store import open_store
+from dsft_trainer.drain import RAY_ADDRESS_ENV
 from dsft_trainer.errors import TrainerError
+from dsft_trainer.logs import LogShipper, output_files
 from dsft_trainer.process import rank_environment, start_environment
 from dsft_trainer.runtime import Outcome, Place
 from dsft_trainer.runtime.channel import ECHOES, Channel
@@ -29,6 +33,7 @@ from dsft_trainer.runtime.oom import oom_kills
 
 if TYPE_CHECKING:
     import ray.data
+    from ray.train.torch import TorchTrainer
 
 
 log = logging.getLogger(__name__)
@@ -44,11 +49,12 @@ LOCAL_OBJECT_STORE_BYTES_FOR_DATA = 2**30
 class Relay:
     """The channel's folder, reachable from other machines. A named actor beside the driver."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, *, drains: bool) -> None:
+        """`drains`: there are ranks that look whether a drain was requested."""
         self._channel = Channel(Path(folder))
+        self._drains = drains
         self._outcome: str | None = None
         self._closed = False
-        self._nodes: dict[str, int] = {}
 
     def publish(self, progress: str) -> bool:
         """Replace the progress document; answers whether a drain was requested."""
@@ -64,14 +70,6 @@ class Relay:
         """Ask the ranks to commit and stop."""
         self._channel.request_drain()
 
-    def started(self, node: str, oom_kills: int) -> None:
-        """A rank begins on this node, where so many processes were killed before."""
-        self._nodes[node] = min(oom_kills, self._nodes.get(node, oom_kills))
-
-    def nodes(self) -> dict[str, int]:
-        """What `started` told."""
-        return self._nodes
-
     def fail(self, failure: str) -> None:
         """Record why a rank died."""
         self._channel.fail(TrainerFailure.model_validate_json(failure))
@@ -79,6 +77,10 @@ class Relay:
     def set_outcome(self, outcome: str) -> None:
         """Rank 0's last word."""
         self._outcome = outcome
+
+    def drains(self) -> bool:
+        """Whether it helps to wait for a drain."""
+        return self._drains
 
     def outcome(self) -> str | None:
         """What rank 0 said last."""
@@ -97,7 +99,6 @@ class RayRuntime:
         self._datasets = datasets
         self._answer: ray.ObjectRef | None = None
         self._drain = False
-        relay.started.remote(ray.get_runtime_context().get_node_id(), oom_kills())
 
     def publish(self, progress: str) -> None:
         """Send the document without waiting for its arrival; look at the answer to the one before."""
@@ -153,7 +154,15 @@ def rank_main(config: dict[str, Any]) -> None:
     from dsft_trainer.rank import run_rank
 
     runtime = RayRuntime(config["relay"], config["datasets"])
-    runtime.finish(run_rank(job, runtime, ray.train.torch.get_device()))
+    with log_shipped(job, runtime.place) if config["on_cluster"] else nullcontext():
+        runtime.finish(run_rank(job, runtime, ray.train.torch.get_device()))
+
+
+def log_shipped(job: Job, place: Place) -> LogShipper:
+    """While this is open, what this process prints goes to storage."""
+    storage = job.spec.storage
+    store = open_store(job.storage_prefix, endpoint_url=storage.endpoint_url, region=storage.region)
+    return LogShipper.of(job, store, f"rank-{place.rank}", output_files())
 
 
 def launch(job: Job, channel: Channel) -> Outcome:
@@ -176,20 +185,20 @@ def launch(job: Job, channel: Channel) -> Outcome:
         relay = (
             ray.remote(Relay)
             .options(name=f"{RELAY_PREFIX}{job.run.uid}-a{job.attempt}", num_cpus=0, scheduling_strategy=here)
-            .remote(str(channel.folder))
+            .remote(str(channel.folder), drains=job.spec.program is None)
         )
-        _fit(job, channel, relay)
-        return Outcome(ray.get(relay.outcome.remote(), timeout=30))
+        _fit(_program_trainer(job, relay) if job.spec.program else _trainer(job, relay), channel, relay)
+        return Outcome.SUCCEEDED if job.spec.program else Outcome(ray.get(relay.outcome.remote(), timeout=30))
     finally:
         ray.shutdown()
 
 
 def _connect(job: Job) -> None:
-    if os.environ.get("RAY_ADDRESS"):
+    if os.environ.get(RAY_ADDRESS_ENV):
         ray.init(log_to_driver=True, namespace=NAMESPACE)
         return
     gpus = job.ranks.count if job.ranks.device == "cuda" else 0
-    uses_data = job.spec.workload().data.loader == "ray-data"
+    uses_data = job.spec.data is not None and job.spec.data.loader == "ray-data"
     ray.init(
         address="local",
         namespace=NAMESPACE,
@@ -201,42 +210,70 @@ def _connect(job: Job) -> None:
     )
 
 
-def _fit(job: Job, channel: Channel, relay: Any) -> None:
-    from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
+def _trainer(job: Job, relay: Any) -> "TorchTrainer":
+    """The built-in training."""
+    from ray.train import DataConfig
 
     from dsft_trainer.runtime.ray_trainer import LeanTorchTrainer
 
-    cuda = job.ranks.device == "cuda"
     datasets = _tokenizing(job)
-    trainer = LeanTorchTrainer(
+    # Ray's own bookkeeping; checkpoints do not go there, so it may be lost.
+    book = {"name": f"{job.run.uid}-a{job.attempt}", "storage_path": tempfile.mkdtemp(prefix="dsft-ray-")}
+    return LeanTorchTrainer(
         rank_main,
-        train_loop_config={"job": job.to_json(), "relay": relay, "datasets": list(datasets)},
-        torch_config=TorchConfig(backend="nccl" if cuda else "gloo", timeout_s=job.spec.deadlines.stall_seconds + 60),
-        scaling_config=ScalingConfig(
+        train_loop_config={**_told(job, relay), "datasets": list(datasets)},
+        datasets=datasets,
+        dataset_config=DataConfig(datasets_to_split=[]),
+        **_settings(job, **book),
+    )
+
+
+def _program_trainer(job: Job, relay: Any) -> "TorchTrainer":
+    """The user's. Its checkpoints go where Ray Train finds them in the next attempt."""
+    from dsft_trainer.runtime.ray_program import FOLDER, ProgramProgress, program_main
+    from dsft_trainer.runtime.ray_trainer import LeanTorchTrainer
+
+    book = {"name": FOLDER, "storage_path": job.storage_prefix, "callbacks": [ProgramProgress(job, relay)]}
+    return LeanTorchTrainer(program_main, train_loop_config=_told(job, relay), **_settings(job, **book))
+
+
+def _told(job: Job, relay: Any) -> dict[str, Any]:
+    return {"job": job.to_json(), "relay": relay, "on_cluster": bool(os.environ.get(RAY_ADDRESS_ENV))}
+
+
+def _settings(job: Job, **book: Any) -> dict[str, Any]:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig
+
+    cuda = job.ranks.device == "cuda"
+    return {
+        "torch_config": TorchConfig(
+            backend="nccl" if cuda else "gloo", timeout_s=job.spec.deadlines.stall_seconds + 60
+        ),
+        "scaling_config": ScalingConfig(
             num_workers=job.ranks.count, use_gpu=cuda, resources_per_worker={"GPU": 1} if cuda else {"CPU": 1}
         ),
-        # Ray's own bookkeeping; checkpoints do not go there, so it may be lost.
-        run_config=RunConfig(
-            name=f"{job.run.uid}-a{job.attempt}",
-            storage_path=tempfile.mkdtemp(prefix="dsft-ray-"),
+        "run_config": RunConfig(
             # One start of the ranks per attempt: what comes after a failure is for whoever starts attempts to decide.
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
             worker_runtime_env=_rank_runtime_env(job),
+            **book,
         ),
-        datasets=datasets,
-        dataset_config=DataConfig(datasets_to_split=[]),
-    )
+    }
+
+
+def _fit(trainer: "TorchTrainer", channel: Channel, relay: Any) -> None:
+    oom_kills_before = oom_kills()
     error = _fit_apart(trainer)
     _close(relay)
-    failure = _failure(channel, error, relay)
+    failure = _failure(channel, error, oom_kills_before)
     if failure is not None:
         raise failure from error
 
 
 def _rank_runtime_env(job: Job) -> dict[str, Any]:
     """What a rank's process must have from its first moment. On a cluster it is no child of ours, and inherits nothing."""
-    if not os.environ.get("RAY_ADDRESS"):
+    if not os.environ.get(RAY_ADDRESS_ENV):
         return {}
     return {"env_vars": rank_environment(job) | start_environment(job)}
 
@@ -248,7 +285,7 @@ def _close(relay: Any) -> None:
         log.warning("the relay is gone: %s", error)
 
 
-def _failure(channel: Channel, error: BaseException | None, relay: Any) -> TrainerError | None:
+def _failure(channel: Channel, error: BaseException | None, oom_kills_before: int) -> TrainerError | None:
     """Why the ranks ended, by the best witness: what a rank said, unless it only felt another one go."""
     told = channel.failure()
     if told is not None and told.failure_class not in ECHOES:
@@ -262,7 +299,7 @@ def _failure(channel: Channel, error: BaseException | None, relay: Any) -> Train
     cause = ray_failures.cause_of(error) if error is not None else None
     if cause is not None and cause.failure_class not in ECHOES:
         return cause
-    memory = ray_failures.out_of_memory(relay)
+    memory = ray_failures.out_of_memory(oom_kills_before)
     if memory is not None:
         return memory
     return TrainerError.from_report(told) if told is not None else cause

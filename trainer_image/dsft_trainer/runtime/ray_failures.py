@@ -5,10 +5,10 @@ faster (the state API knows); or the kernel killed, and only its own counter on 
 """
 
 import logging
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import ray
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -19,8 +19,10 @@ from dsft_trainer.runtime.oom import oom_kills
 
 log = logging.getLogger(__name__)
 
-ANSWER_SECONDS = 20
-_EXIT_TYPE = "NODE_OUT_OF_MEMORY"
+# For a node to start a process and answer: on failures only, and a pod may have but one core.
+ANSWER_SECONDS = 60
+_COUNT_KEY = "oom-kills-"
+_KV_NAMESPACE = "dsft"
 
 
 def cause_of(error: Exception) -> TrainerError:
@@ -39,13 +41,12 @@ def cause_of(error: Exception) -> TrainerError:
     return failure_of(error)
 
 
-def out_of_memory(relay: Any) -> TrainerError | None:
-    """HostOOM if memory ran out on a node of the ranks since they began; None if not, or nobody knows."""
-    try:
-        before = ray.get(relay.nodes.remote(), timeout=ANSWER_SECONDS)
-    except ray.exceptions.RayError:
-        return None
-    return _killed_by_kernel(before) or _killed_by_monitor(before)
+def out_of_memory(here_before: int) -> TrainerError | None:
+    """HostOOM if memory ran out on a node since this attempt began; None if not, or nobody knows.
+
+    `here_before`: what `oom_kills` said on this node when it began.
+    """
+    return _killed_by_kernel(here_before) or _killed_by_monitor()
 
 
 def _chain(error: object) -> Iterator[BaseException]:
@@ -58,34 +59,44 @@ def _chain(error: object) -> Iterator[BaseException]:
         yield from _chain(part)
 
 
-def _killed_by_kernel(before: Mapping[str, int]) -> TrainerError | None:
+def _killed_by_kernel(here_before: int) -> TrainerError | None:
+    """Ask each node. What a counter stood at in an earlier attempt is in Ray's store; a new container's begins at 0."""
+    here = ray.get_runtime_context().get_node_id()
     ask = ray.remote(num_cpus=0, max_retries=0)(oom_kills)
+    names = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
     questions = {
         node: ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
-        for node in before
+        for node in names
     }
+    found: list[str] = []
     for node, question in questions.items():
         try:
-            killed = ray.get(question, timeout=ANSWER_SECONDS) - before[node]
+            count = ray.get(question, timeout=ANSWER_SECONDS)
         except ray.exceptions.RayError as error:
-            log.info("node %s does not say whether memory ran out: %s", node, type(error).__name__)
+            log.info("%s does not say whether memory ran out: %s", names[node], type(error).__name__)
             continue
+        killed = count - max(_known_count(node), here_before if node == here else 0)
+        _internal_kv_put(_COUNT_KEY + node, str(count), overwrite=True, namespace=_KV_NAMESPACE)
         if killed > 0:
-            where = next((known["NodeManagerHostname"] for known in ray.nodes() if known["NodeID"] == node), node)
-            return _host_oom(f"the kernel killed {killed} process(es) on {where} for want of memory")
-    return None
+            found.append(f"the kernel killed {killed} process(es) on {names[node]} for want of memory")
+    return _host_oom(found[0]) if found else None
 
 
-def _killed_by_monitor(before: Mapping[str, int]) -> TrainerError | None:
-    from ray.util.state import list_workers
+def _known_count(node: str) -> int:
+    return int(_internal_kv_get(_COUNT_KEY + node, namespace=_KV_NAMESPACE) or 0)
 
+
+def _killed_by_monitor() -> TrainerError | None:
+    from ray.util.state import list_actors
+
+    mine = [("job_id", "=", ray.get_runtime_context().get_job_id()), ("state", "=", "DEAD")]
     try:
-        workers = list_workers(filters=[("exit_type", "=", _EXIT_TYPE)], detail=True, timeout=ANSWER_SECONDS)
+        actors = list_actors(filters=mine, detail=True, timeout=ANSWER_SECONDS)
     except Exception as error:  # noqa: BLE001  the state API has no error class of its own for all that can go wrong
         log.info("Ray does not say whether memory ran out: %s", error)
         return None
-    details = [worker.exit_detail or _EXIT_TYPE for worker in workers if worker.node_id in before]
-    return _host_oom(details[-1]) if details else None
+    causes = [(actor.death_cause or {}).get("oom_context") for actor in actors]
+    return next((_host_oom(str(cause.get("error_message", ""))) for cause in causes if cause), None)
 
 
 def _host_oom(text: str) -> TrainerError:

@@ -4,8 +4,6 @@ Every actor of Ray Train is a Python process that starts before the first step d
 two cores and do nothing here (docs/benchmarks.md). Imports torch: import it beside `ray.init`, not before.
 """
 
-import os
-
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -13,15 +11,13 @@ from ray.train.v2.api.callback import RayTrainCallback
 
 
 class LeanTorchTrainer(TorchTrainer):
-    """A TorchTrainer that starts no data manager without datasets, and no cleaner in a Ray that ends with its driver.
+    """A TorchTrainer that starts no data manager without datasets, and no cleaner of placement groups.
 
-    The cleaner frees placement groups of a controller that died; it also needs the dashboard, which a Ray of our own lacks.
+    The cleaner frees those of a controller that died; here they go with the driver's job, which is an attempt.
     """
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
-        unused: list[type[RayTrainCallback]] = []
+        unused: list[type[RayTrainCallback]] = [PlacementGroupCleanerCallback]
         if not self.datasets:
             unused.append(DatasetsCallback)
-        if not os.environ.get("RAY_ADDRESS"):
-            unused.append(PlacementGroupCleanerCallback)
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, tuple(unused))]
