@@ -32,6 +32,7 @@ _HEAD_RESOURCES: Mapping[str, Mapping[str, int | str]] = {
     "limits": {"memory": "6Gi"},
 }
 TRAINER_UID = 1000
+_HUB_CACHE = "HF_HOME"
 # Room for the last upload after the commit was asked for, and for Ray to go down.
 _GRACE_SECONDS = 30
 _SHM_WITHOUT_LIMIT = "2Gi"
@@ -77,6 +78,9 @@ def worker_pod(spec: FineTuneSpec, pool: NodePool, config: OperatorConfig, label
     """The pod template of one pool."""
     resources = _with_gpus(pool, config)
     container = _container(spec, config, "ray-worker", resources, _worker_environment(pool))
+    if not any(variable["name"] == _HUB_CACHE for variable in container["env"]):
+        # Models are large: not into the container's own layer, which is the node's disk.
+        container["env"].append({"name": _HUB_CACHE, "value": "/scratch/huggingface"})
     pod = _pod(spec, config, container, labels)
     body = pod["spec"] | _placed(pool.node_selector, pool.tolerations)
     if pool.runtime_class_name:
@@ -203,7 +207,7 @@ def _head_environment(spec: FineTuneSpec) -> dict[str, str]:
 
 
 def _worker_environment(pool: NodePool) -> dict[str, str]:
-    return {"DSFT_SCRATCH": "/scratch"} | ({"HF_HOME": "/model-cache"} if pool.model_cache else {})
+    return {"DSFT_SCRATCH": "/scratch"} | ({_HUB_CACHE: "/model-cache"} if pool.model_cache else {})
 
 
 def _system_environment(spec: FineTuneSpec) -> Iterator[Manifest]:

@@ -248,6 +248,11 @@ def test_a_model_cache_is_the_hubs_home() -> None:
     assert environment(pod)["HF_HOME"] == "/model-cache"
 
 
+def test_models_of_the_hub_go_to_scratch_unless_the_user_says_where() -> None:
+    assert environment(worker())["HF_HOME"] == "/scratch/huggingface"
+    assert environment(worker({"env": [{"name": "HF_HOME", "value": "/x"}]}))["HF_HOME"] == "/x"
+
+
 @BOTH
 def test_the_image_is_the_runs_else_the_admins(template: Any) -> None:
     admin = OperatorConfig.model_validate(
