@@ -8,6 +8,7 @@ checkpoints are committed in storage by the ranks themselves (docs/decisions/000
 import importlib
 import logging
 import os
+import secrets
 import signal
 import tempfile
 import threading
@@ -197,6 +198,8 @@ def _connect(job: Job) -> None:
     if os.environ.get(RAY_ADDRESS_ENV):
         ray.init(log_to_driver=True, namespace=NAMESPACE)
         return
+    # Of this Ray alone. Else Ray makes one in the home folder, which may not be ours to write to.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     gpus = job.ranks.count if job.ranks.device == "cuda" else 0
     uses_data = job.spec.data is not None and job.spec.data.loader == "ray-data"
     ray.init(
