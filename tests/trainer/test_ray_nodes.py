@@ -1,5 +1,6 @@
 """The way of a run on a cluster, less Kubernetes: head and workers as nodes of their own, token auth, the operator's adapter."""
 
+import os
 import subprocess
 import sys
 import time
@@ -28,9 +29,26 @@ LONG = 150
 ENDLESS = 20_000
 
 
+PROGRAM = """
+import tempfile
+import ray.train
+
+def train(config):
+    for step in range(1, config["steps"] + 1):
+        with tempfile.TemporaryDirectory() as folder:
+            first = ray.train.get_context().get_world_rank() == 0
+            checkpoint = ray.train.Checkpoint.from_directory(folder) if first else None
+            ray.train.report({"step": step, "total_steps": config["steps"]}, checkpoint=checkpoint)
+"""
+
+
 @pytest.fixture(scope="module")
-def nodes(s3_server: S3Server) -> Iterator[RayNodes]:
-    nodes = RayNodes.start(env=s3_server.env())
+def nodes(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
+    """With a program of a user's in their image."""
+    image = tmp_path_factory.mktemp("image")
+    (image / "users_program.py").write_text(PROGRAM)
+    paths = [str(image), *filter(None, [os.environ.get("PYTHONPATH")])]
+    nodes = RayNodes.start(env=s3_server.env() | {"PYTHONPATH": os.pathsep.join(paths)})
     yield nodes
     nodes.stop()
 
@@ -138,6 +156,24 @@ def test_drain_without_a_run_has_nothing_to_wait_for(nodes: RayNodes) -> None:
     drained = drain(nodes, "worker-0")
     assert drained.returncode == 0, drained.stdout
     assert time.monotonic() - begin < float(nodes.node_env("worker-0")["DSFT_DRAIN_SECONDS"])
+
+
+def test_a_program_keeps_its_checkpoints_on_s3(nodes: RayNodes, manifest: Manifest, s3_uri: str) -> None:
+    spec = {
+        "program": {"entrypoint": "users_program:train", "config": {"steps": 3}},
+        "execution": {"device": "cpu"},
+        "nodePools": manifest["spec"]["nodePools"],
+    }
+    run = resource({**manifest, "spec": spec}, s3_uri)
+    only = attempt(nodes, run, 1).post()
+    assert only.ended().state == "SUCCEEDED", only.driver_log()
+    told = only.own()
+    assert told is not None
+    assert told.phase is TrainerPhase.SUCCEEDED
+    assert told.progress is not None
+    assert told.progress.step == 3
+    assert any("checkpoint_manager_snapshot" in entry.key for entry in open_store(prefix(run)).list("ray"))
+    assert drain(nodes, "worker-0").returncode == 0
 
 
 def test_a_failure_is_in_the_last_document_and_in_the_exit_code(
