@@ -28,7 +28,7 @@ from tests.e2e.tenant import Tenant
 HERE = Path(__file__).resolve().parent
 # Marks the namespaces, so that the next session removes what a killed one left.
 LABEL = "dsft.dev/e2e"
-TEST_SECONDS = 1500
+TEST_SECONDS = 2400
 PULL_SECONDS = 600
 
 

@@ -56,11 +56,15 @@ def tiny_run(
                 "precision": "fp32",
             },
             "execution": {"device": "cpu", "microBatchSize": 4},
-            "nodePools": [{"name": "cpu", "nodes": nodes, "gpusPerNode": 0}],
-            # Many at once on a small machine: what is asked for here is not what limits them.
-            "head": {"resources": {"requests": {"cpu": "10m", "memory": "512Mi"}, "limits": {"memory": "6Gi"}}},
+            "nodePools": [pool("cpu", nodes)],
+            "head": {"resources": {"requests": {"cpu": "200m", "memory": "512Mi"}, "limits": {"memory": "6Gi"}}},
             "checkpoint": {"everySteps": max(1, steps // 3)},
             "tracking": {"tensorboard": False},
         },
     }
     return edited(manifest, edits or {})
+
+
+def pool(name: str, nodes: int, **fields: Any) -> Document:
+    """A pool whose pods ask for little, so that several runs fit, and for some, so that they get a share of busy cores."""
+    return {"name": name, "nodes": nodes, "resources": {"requests": {"cpu": "250m"}}, **fields}

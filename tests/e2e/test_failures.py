@@ -13,7 +13,7 @@ from dsft_api.conditions import ConditionType, FailureClass, Phase, Reason
 from dsft_api.not_supported import NOT_BUILT
 from dsft_api.status import Condition, FineTuneStatus
 from tests.cluster.operator_install import S3_SECRET, s3_secret
-from tests.e2e.manifests import Assets, tiny_run
+from tests.e2e.manifests import Assets, pool, tiny_run
 from tests.e2e.s3 import Bucket
 from tests.e2e.tenant import Tenant, condition_of, seconds_between
 
@@ -56,7 +56,7 @@ NEVER = (
         FailureClass.UNSCHEDULABLE,
         ("pool far has 0 of 2 pods ready", "node affinity/selector", "check spec.nodePools"),
         {
-            "spec.nodePools": [{"name": "far", "nodes": 2, "nodeSelector": NOWHERE}],
+            "spec.nodePools": [pool("far", 2, nodeSelector=NOWHERE)],
             "spec.head.nodeSelector": NOWHERE,
         },
     ),

@@ -3,7 +3,7 @@
 import pytest
 
 from dsft_api.conditions import ConditionType, FailureClass, Phase
-from tests.e2e.manifests import Assets, tiny_run
+from tests.e2e.manifests import Assets, pool, tiny_run
 from tests.e2e.tenant import START_SECONDS, Tenant, condition_of
 
 pytestmark = pytest.mark.long
@@ -18,7 +18,7 @@ WAYS = {"memory-monitor": {}, "kernel": {"spec.env": [{"name": "RAY_memory_monit
 @pytest.mark.parametrize("way", WAYS)
 def test_out_of_host_memory(tenant: Tenant, assets: Assets, way: str) -> None:
     """Tried once more, since a neighbour may have been the cause; then Failed, with where to give more."""
-    pools = [{"name": "small", "nodes": 1, "resources": {"limits": {"memory": TOO_SMALL}}}]
+    pools = [pool("small", 1, resources={"limits": {"memory": TOO_SMALL}})]
     tenant.apply(tiny_run(NAME, assets, steps=6, nodes=1, edits={"spec.nodePools": pools, **WAYS[way]}))
     tenant.until("it is Failed", lambda: tenant.status(NAME).phase is Phase.FAILED, 2 * START_SECONDS)
     status = tenant.status(NAME)

@@ -5,7 +5,7 @@ from typing import Any
 
 from dsft_api.conditions import ConditionType, Phase
 from dsft_api.status import CheckpointRef, FineTuneStatus
-from tests.e2e.manifests import ENDLESS, Assets, tiny_run
+from tests.e2e.manifests import ENDLESS, Assets, pool, tiny_run
 from tests.e2e.tenant import Tenant, condition_of
 
 # What the issue allows between `kubectl delete` and a resource that is gone.
@@ -16,7 +16,7 @@ NAME = "endless"
 
 def on_gpus(assets: Assets) -> dict[str, Any]:
     """Pods that ask for GPUs, and a trainer that uses the CPUs there: the node's GPUs are not real."""
-    pools = [{"name": "gpu", "nodes": 2, "gpusPerNode": 1}]
+    pools = [pool("gpu", 2, gpusPerNode=1)]
     policy = {"everySteps": ENDLESS, "drainSeconds": 60}
     return tiny_run(NAME, assets, steps=ENDLESS, edits={"spec.nodePools": pools, "spec.checkpoint": policy})
 
