@@ -13,7 +13,7 @@ from dsft_api.status import FineTuneStatus
 from tests.e2e.manifests import Assets, tiny_run
 from tests.e2e.tenant import Tenant
 
-STEPS = 600
+STEPS = 480
 NAME = "followed"
 COMMAND_SECONDS = 120
 

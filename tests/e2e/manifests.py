@@ -58,7 +58,7 @@ def tiny_run(
             "execution": {"device": "cpu", "microBatchSize": 4},
             "nodePools": [pool("cpu", nodes)],
             "head": {"resources": {"requests": {"cpu": "200m", "memory": "512Mi"}, "limits": {"memory": "6Gi"}}},
-            "checkpoint": {"everySteps": max(1, steps // 3)},
+            "checkpoint": {"everySteps": max(3, steps // 4)},
             "tracking": {"tensorboard": False},
         },
     }
