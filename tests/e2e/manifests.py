@@ -66,5 +66,9 @@ def tiny_run(
 
 
 def pool(name: str, nodes: int, **fields: Any) -> Document:
-    """A pool whose pods ask for little, so that several runs fit, and for some, so that they get a share of busy cores."""
-    return {"name": name, "nodes": nodes, "resources": {"requests": {"cpu": "250m"}}, **fields}
+    """A pool whose pods ask for little, so that several runs fit, and for some, so that they get a share of busy cores.
+
+    With a limit of memory Ray minds what the pod uses; without, what the whole machine does.
+    """
+    resources = {"requests": {"cpu": "250m", "memory": "512Mi"}, "limits": {"memory": "4Gi"}}
+    return {"name": name, "nodes": nodes, "resources": resources, **fields}
