@@ -19,6 +19,7 @@ from kubernetes.aio import config as kube_config
 from prometheus_client import Gauge
 
 from dsft_operator.adapters.kube import KubeApi
+from dsft_operator.adapters.kube_requests import bounded
 from dsft_operator.adapters.ray_jobs import RayJobsHttp
 from dsft_operator.config import OperatorConfig
 from dsft_operator.ports import Key, KubeError, KubeRayMissing
@@ -50,7 +51,7 @@ async def run(config: OperatorConfig) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopped.set)
     async with AsyncExitStack() as stack:
-        api = await stack.enter_async_context(client.ApiClient(await _kube_configuration()))
+        api = await stack.enter_async_context(client.ApiClient(await _kube_configuration(config)))
         session = await stack.enter_async_context(aiohttp.ClientSession())
         kube = KubeApi(api, config)
         queue = WorkQueue()
@@ -143,7 +144,8 @@ class _Server:
         await self._runner.cleanup()
 
 
-async def _kube_configuration() -> client.Configuration:
+async def _kube_configuration(config: OperatorConfig) -> client.Configuration:
     configuration = client.Configuration()
+    configuration.trace_configs = [bounded(config.client)]
     await kube_config.load_config(client_configuration=configuration)
     return configuration

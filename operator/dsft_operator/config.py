@@ -43,6 +43,13 @@ class Intervals(ApiModel):
     backoff_seconds: float = Field(default=10, gt=0, description="Wait before the second attempt; doubles up to 5 min.")
 
 
+class ClientLimits(ApiModel):
+    """How hard the operator may press the API server."""
+
+    qps: float = Field(default=50, ge=0, description="Requests per second on the long run; 0: no limit.")
+    burst: int = Field(default=100, ge=1, description="Requests at once after a calm.")
+
+
 class OperatorConfig(ApiModel):
     """Settings of one operator."""
 
@@ -62,6 +69,7 @@ class OperatorConfig(ApiModel):
     )
     ray: RayDefaults = Field(default_factory=RayDefaults, description="The trainer image's Ray.")
     intervals: Intervals = Field(default_factory=Intervals, description="How often the operator looks.")
+    client: ClientLimits = Field(default_factory=ClientLimits, description="Requests to the API server.")
     workers: int = Field(default=8, ge=1, le=64, description="Resources that are worked on at the same time.")
     http_port: int = Field(default=8080, ge=0, le=65535, description="Port of /healthz, /readyz and /metrics; 0: any.")
 
