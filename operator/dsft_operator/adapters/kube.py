@@ -20,7 +20,7 @@ from kubernetes.aio.client.exceptions import ApiException
 from dsft_api import API_VERSION, KIND
 from dsft_api.status import FineTuneStatus
 from dsft_operator.adapters import kueue
-from dsft_operator.adapters.reading import cluster_of, pod_of, run_of, warnings_of
+from dsft_operator.adapters.reading import Judge, cluster_of, pod_of, run_of, warnings_of
 from dsft_operator.adapters.recorder import event
 from dsft_operator.config import OperatorConfig
 from dsft_operator.core import naming
@@ -47,6 +47,7 @@ class KubeApi:
     def __init__(self, api: client.ApiClient, config: OperatorConfig) -> None:
         self._config = config
         self._api = api
+        self._judge = Judge(config)
         self._objects = client.CustomObjectsApi(api)
         self._core = client.CoreV1Api(api)
         self._networking = client.NetworkingV1Api(api)
@@ -58,7 +59,7 @@ class KubeApi:
                 GROUP, VERSION, key.namespace, PLURAL, key.name, _request_timeout=TIMEOUT_SECONDS
             )
         )
-        return None if raw is None else run_of(cast("dict[str, Any]", raw), self._config)
+        return None if raw is None else run_of(cast("dict[str, Any]", raw), self._config, self._judge)
 
     async def runs(self) -> dict[Key, str]:
         found: dict[Key, str] = {}

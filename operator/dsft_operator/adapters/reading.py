@@ -1,6 +1,7 @@
 """Kubernetes JSON -> what the core speaks of. Pure, and lenient: an object of a newer schema must not stop the operator."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any, Literal, cast
@@ -20,6 +21,11 @@ from dsft_operator.core.pods import pod_problems
 from dsft_operator.core.submission import too_large
 
 Json = Mapping[str, Any]
+# Spec, digest of its identity, problems.
+Judgement = tuple[FineTuneSpec | None, str | None, tuple[Problem, ...]]
+
+# Those that run are few; those that have ended are looked at once per resync.
+MAX_JUDGED = 512
 
 RAY_CONTAINERS = ("ray-head", "ray-worker")
 # Reasons of a failed pod, by the kubelet, that are not the pod's own doing (Kubernetes 1.29 and later add DisruptionTarget).
@@ -30,10 +36,28 @@ WAIT_CONTAINER = "wait-gcs-ready"
 _WAITS = ("ContainerCreating", "PodInitializing")
 
 
-def run_of(raw: Json, config: OperatorConfig) -> Run:
+class Judge:
+    """Judges specs, each generation of a resource once: it costs milliseconds, and a run is looked at every few seconds."""
+
+    def __init__(self, config: OperatorConfig) -> None:
+        self._config = config
+        self._judged: OrderedDict[tuple[str, int], Judgement] = OrderedDict()
+
+    def __call__(self, raw: Json) -> Judgement:
+        """Spec with the admin's defaults, digest of its identity, problems."""
+        key = (raw["metadata"]["uid"], raw["metadata"].get("generation", 1))
+        if key not in self._judged:
+            self._judged[key] = _spec(raw, self._config)
+            if len(self._judged) > MAX_JUDGED:
+                self._judged.popitem(last=False)
+        self._judged.move_to_end(key)
+        return self._judged[key]
+
+
+def run_of(raw: Json, config: OperatorConfig, judge: Judge | None = None) -> Run:
     """The resource with the admin's defaults, and every problem it has."""
     meta: Json = raw["metadata"]
-    spec, identity, problems = _spec(raw, config)
+    spec, identity, problems = judge(raw) if judge is not None else _spec(raw, config)
     status = _status(raw)
     deleted = meta.get("deletionTimestamp")
     return Run(
@@ -52,7 +76,7 @@ def run_of(raw: Json, config: OperatorConfig) -> Run:
     )
 
 
-def _spec(raw: Json, config: OperatorConfig) -> tuple[FineTuneSpec | None, str | None, tuple[Problem, ...]]:
+def _spec(raw: Json, config: OperatorConfig) -> Judgement:
     try:
         resource = DeepSpeedFineTune.model_validate({k: v for k, v in raw.items() if k != "status"})
     except ValidationError as error:
@@ -110,7 +134,10 @@ def _status(raw: Json) -> FineTuneStatus:
 
     What is left out is a condition or a number more or less; the attempt and the cluster must not be forgotten for it.
     """
-    status: dict[str, Any] = copy.deepcopy(raw.get("status") or {})
+    try:
+        return FineTuneStatus.model_validate(raw.get("status") or {})
+    except ValidationError:
+        status: dict[str, Any] = copy.deepcopy(raw["status"])
     while True:
         try:
             return FineTuneStatus.model_validate(status)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from dsft_api.conditions import ConditionType
-from dsft_operator.adapters.reading import run_of
+from dsft_operator.adapters.reading import Judge, run_of
 from dsft_operator.core.summary import condition_of
 from tests.unit.operator.situations import CONFIG, NOW, resource, submitted
 
@@ -61,3 +61,12 @@ def test_a_part_of_the_storage_is_the_runs_and_the_rest_the_admins() -> None:
     assert (spec.storage.uri, spec.storage.region) == ("s3://admin/runs", "eu-central-1")
     assert spec.storage.credentials is not None
     assert spec.storage.credentials.secret_name == "mine"
+
+
+def test_a_spec_is_judged_once_per_generation() -> None:
+    judge = Judge(CONFIG)
+    first, again = (run_of(resource(), CONFIG, judge) for _ in range(2))
+    assert first.spec is again.spec
+    edited = resource({"retry": {"limit": 9}}, generation=2)
+    assert run_of(edited, CONFIG, judge) == run_of(edited, CONFIG)
+    assert run_of(resource({"nodePools": []}, uid="another"), CONFIG, judge).problems != ()

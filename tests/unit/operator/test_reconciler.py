@@ -4,37 +4,11 @@ import asyncio
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from dsft_api.conditions import FailureClass, Phase
 from dsft_operator.core.observed import Queueing, Warned
-from dsft_operator.ports import KubeError
 from tests.unit.operator.situations import CONFIG, NOW, UID
-from tests.unit.operator.world import KEY, Crash, World, without_times
-
-PASSES = 200
-
-
-def settle(world: World, passes: int = PASSES) -> None:
-    """Reconcile and let time go by until the run has ended and nothing is left to do."""
-    operator = world.reconciler()
-    quiet = 0
-    for _ in range(passes):
-        try:
-            pause = asyncio.run(operator.reconcile(KEY))
-        except KubeError:
-            pause = 1.0
-        except Crash:
-            world.crash_at = None
-            operator, pause = world.reconciler(), 0.0
-        quiet = quiet + 1 if pause is None else 0
-        if quiet > 1:
-            return
-        if pause != 0.0:
-            world.tick()
-    pytest.fail(f"not settled after {passes} passes: {world.seen_status.phase} {world.seen_status.message}")
+from tests.unit.operator.world import KEY, PASSES, World, settle, without_times
 
 
 def finished(**spec: Any) -> World:
@@ -103,23 +77,69 @@ def test_a_run_goes_on_after_a_loss(fault: str) -> None:
     status = world.seen_status
     assert status.phase is Phase.SUCCEEDED
     assert world.submissions == ["0a1b2c3d-a1", "0a1b2c3d-a2"]
+    assert world.made == (2 if fault == "lose_cluster" else 1), "a cluster that is whole is used again"
     assert [attempt.failure_class for attempt in status.attempts] == [
         FailureClass.WORKER_LOST if fault == "lose_worker" else FailureClass.HEAD_LOST,
         None,
     ]
 
 
-def test_deleted_in_every_phase() -> None:
-    for phase in (Phase.PROVISIONING, Phase.STARTING, Phase.RUNNING, Phase.SUCCEEDED):
-        for ray_down in (False, True):
-            world = World()
-            run_until(world, phase)
-            world.delete()
-            world.ray_down = ray_down
-            began = world.now
-            settle(world)
-            assert world.gone
-            assert (world.now - began).total_seconds() < 60
+def reached(phase: Phase) -> World:
+    """A run in a phase, by the way that leads there."""
+    world = World({"queue": {"name": "team-a"}} if phase is Phase.QUEUED else {})
+    if phase is Phase.PENDING:
+        world.kuberay = False
+    if phase in (Phase.SUSPENDING, Phase.SUSPENDED):
+        run_until(world, Phase.RUNNING)
+        world.hold = True
+        world.edit(suspend=True)
+    if phase is Phase.EXPORTING:
+        world.exports = 3
+    if phase is Phase.FAILED:
+        run_until(world, Phase.RUNNING)
+        world.lose_worker("DataInvalid")
+    run_until(world, phase)
+    return world
+
+
+@pytest.mark.parametrize("ray_down", [False, True], ids=["Ray answers", "Ray does not answer"])
+@pytest.mark.parametrize("phase", Phase)
+def test_deleted_in_every_phase(phase: Phase, *, ray_down: bool) -> None:
+    world = reached(phase)
+    world.delete()
+    world.ray_down = ray_down
+    began = world.now
+    settle(world)
+    assert world.gone
+    assert (world.now - began).total_seconds() < 60
+
+
+@pytest.mark.parametrize("phase", [phase for phase in Phase if phase not in (Phase.SUCCEEDED, Phase.FAILED)])
+def test_suspended_in_every_phase(phase: Phase) -> None:
+    world = reached(phase)
+    world.hold = True
+    world.edit(suspend=True)
+    settle(world)
+    assert world.seen_status.phase is Phase.SUSPENDED
+    assert world.clusters == {}
+    assert all(attempt.end_time is not None for attempt in world.seen_status.attempts)
+    world.hold, world.kuberay = False, True
+    world.edit(suspend=False)
+    while not world.clusters:
+        run_until(world, Phase.QUEUED if phase is Phase.QUEUED else Phase.PROVISIONING)
+    world.give_nodes()
+    settle(world)
+    assert world.seen_status.phase is Phase.SUCCEEDED
+
+
+@pytest.mark.parametrize("phase", [Phase.SUCCEEDED, Phase.FAILED])
+def test_a_run_that_is_over_stays_so_when_suspended(phase: Phase) -> None:
+    world = reached(phase)
+    world.edit(suspend=True)
+    settle(world)
+    assert world.seen_status.phase is phase
+    assert world.seen_status.observed_generation == world.generation
+    assert world.clusters == {}
 
 
 def test_suspended_and_resumed() -> None:
@@ -249,73 +269,3 @@ def test_two_writes_until_the_cluster_exists() -> None:
     asyncio.run(world.reconciler().reconcile(KEY))
     assert world.calls == 2
     assert world.made == 1
-
-
-class Storm(RuleBasedStateMachine):
-    """Faults, edits and restarts in any order; the laws hold all along, and the run ends once the storm is over."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.world = World({"retry": {"limit": 100}})
-        self.operator = self.world.reconciler()
-
-    @rule(count=st.integers(1, 4))
-    def reconcile(self, count: int) -> None:
-        for _ in range(count):
-            try:
-                asyncio.run(self.operator.reconcile(KEY))
-            except KubeError:
-                pass
-            except Crash:
-                self.operator = self.world.reconciler()
-
-    @rule(count=st.integers(1, 3))
-    def tick(self, count: int) -> None:
-        for _ in range(count):
-            self.world.tick()
-
-    @rule(later=st.integers(1, 3), after=st.booleans())
-    def crash_soon(self, later: int, *, after: bool) -> None:
-        self.world.crash_at = (self.world.calls + later, after)
-
-    @rule(fault=st.sampled_from(["restart_head", "lose_worker", "lose_cluster"]))
-    def lose(self, fault: str) -> None:
-        getattr(self.world, fault)()
-
-    @rule(what=st.sampled_from(["kuberay", "api_down", "ray_down"]))
-    def toggle(self, what: str) -> None:
-        setattr(self.world, what, not getattr(self.world, what))
-
-    @rule(suspend=st.booleans())
-    def suspend(self, *, suspend: bool) -> None:
-        self.world.edit(suspend=suspend)
-
-    @precondition(lambda self: self.world.deleting is None)
-    @rule()
-    def delete(self) -> None:
-        self.world.delete()
-
-    @invariant()
-    def status_says_why(self) -> None:
-        status = self.world.seen_status
-        assert status.phase is None or status.message
-        assert len([a for a in status.attempts if a.end_time is None]) <= 1
-
-    def teardown(self) -> None:
-        world = self.world
-        world.api_down = world.ray_down = False
-        world.kuberay = True
-        world.edit(suspend=False)
-        settle(world, 400)
-        if world.deleting is None:
-            assert world.seen_status.phase is Phase.SUCCEEDED, world.seen_status.message
-        else:
-            assert world.gone
-        world.tick()
-        assert world.clusters == {} or world.gone
-
-
-TestStorm = Storm.TestCase
-TestStorm.settings = settings(
-    max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)

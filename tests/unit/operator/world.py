@@ -3,15 +3,18 @@
 Time moves only by `tick`. It counts what the laws are about: live clusters, drivers, submissions, and steps trained twice.
 """
 
+import asyncio
+import copy
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
+from dsft_api.conditions import FailureClass
 from dsft_api.progress import Progress, TrainerFailure, TrainerPhase
 from dsft_api.status import FineTuneStatus
-from dsft_operator.adapters.reading import run_of
+from dsft_operator.adapters.reading import Judge, run_of
 from dsft_operator.core.decision import SubmitJob
 from dsft_operator.core.naming import FINALIZER, ray_token
 from dsft_operator.core.observed import Cluster, Head, Pod, Queueing, RayJob, Run, Unknown, Warned
@@ -39,6 +42,7 @@ class RayCluster:
     suspended: bool = False
     seen: bool = True
     created: datetime = NOW
+    as_made: Manifest = field(default_factory=dict[str, Any])
     session: int = 1
     jobs: dict[str, str] = field(default_factory=dict[str, str])
     has_token: bool = False
@@ -69,10 +73,16 @@ class World:
     crash_at: tuple[int, bool] | None = None  # the call, and whether its effect happens first
     # What another operator does while the one at this call stands still.
     meanwhile: tuple[int, Callable[[], None]] | None = None
+    lost_reply_at: int | None = None  # the call whose effect happens, and whose answer is lost
+    stale_reads: int = 0  # so many reads of the resource still show it as it was before the last write
+    before: dict[str, Any] = field(default_factory=dict[str, Any])
     kuberay: bool = True
+    without: dict[str, int] = field(default_factory=dict[str, int])  # what is away, and for how many more ticks
     api_down: bool = False
     ray_down: bool = False
     pods: tuple[Pod, ...] = ()
+    generous: bool = False  # the queue gives nodes to whoever asks
+    exports: int = 0  # looks that an export takes
     hold: bool = False  # drivers stand still
     refused: dict[str, str] = field(default_factory=dict[str, str])  # kind or verb -> the words it is refused with
     said: dict[str, Queueing | tuple[Warned, ...]] = field(default_factory=dict[str, Any])  # uid -> what its owner says
@@ -86,6 +96,9 @@ class World:
     def tick(self, seconds: float = 5) -> None:
         """Let the world move on."""
         self.now += timedelta(seconds=seconds)
+        self._come_back()
+        if self.generous:
+            self.give_nodes()
         for cluster in list(self.clusters.values()):
             cluster.age += 1
             if cluster.deleting:
@@ -93,7 +106,7 @@ class World:
                 continue
             for submission, state in cluster.jobs.items():
                 self._drive(cluster, submission, state)
-        self._check_laws()
+        self.check_laws()
 
     def _drive(self, cluster: RayCluster, submission: str, state: str) -> None:
         attempt = int(submission.rpartition("a")[2])
@@ -101,14 +114,41 @@ class World:
             cluster.jobs[submission] = "RUNNING"
             cluster.progress = told(TrainerPhase.LOADING, attempt)
         elif state == "RUNNING" and not self.hold:
-            self.committed += 1
+            self.committed = min(STEPS, self.committed + 1)
             phase = TrainerPhase.SUCCEEDED if self.committed >= STEPS else TrainerPhase.TRAINING
+            if phase is TrainerPhase.SUCCEEDED and self.exports:
+                self.exports -= 1
+                phase = TrainerPhase.EXPORTING
             cluster.progress = told(phase, attempt, step=self.committed, committed=self.committed)
             if phase is TrainerPhase.SUCCEEDED:
                 cluster.progress = cluster.progress.model_copy(update={"output": OUTPUT})
                 cluster.jobs[submission] = "SUCCEEDED"
 
-    def _check_laws(self) -> None:
+    def go_without(self, what: str, ticks: int) -> None:
+        """Be without KubeRay, the API server, Ray or steps (hold) for so many ticks."""
+        self.without[what] = ticks
+        setattr(self, what, what != "kuberay")
+
+    def restore(self) -> None:
+        """All is there again, and nothing is planned to go wrong."""
+        self.without.clear()
+        self.api_down = self.ray_down = self.hold = False
+        self.kuberay, self.stale_reads, self.lost_reply_at, self.crash_at = True, 0, None, None
+
+    def _come_back(self) -> None:
+        for what, ticks in list(self.without.items()):
+            self.without[what] = ticks - 1
+            if ticks <= 1:
+                del self.without[what]
+                setattr(self, what, what == "kuberay")
+
+    def check_untouched(self) -> None:
+        """What only users, Kueue and KubeRay write is as they wrote it."""
+        for cluster in self.clusters.values():
+            assert cluster.manifest == cluster.as_made
+
+    def check_laws(self) -> None:
+        """One of each."""
         live = [cluster for cluster in self.clusters.values() if not cluster.deleting]
         assert len(live) <= 1, f"{len(live)} live clusters"
         assert len(self.submissions) == len(set(self.submissions)), f"submitted twice: {self.submissions}"
@@ -118,17 +158,42 @@ class World:
     def restart_head(self) -> None:
         """A new session that knows no jobs."""
         for cluster in self.clusters.values():
-            cluster.session += 1
-            cluster.jobs.clear()
-            cluster.progress = None
+            self._new_session(cluster)
 
-    def lose_worker(self) -> None:
+    def let_a_zombie_write(self) -> None:
+        """What is left of an earlier attempt writes its document over the one that counts."""
+        for cluster in self.clusters.values():
+            attempt = (self.seen_status.attempt or 0) - 1
+            if cluster.progress is not None and attempt > 0:
+                cluster.progress = told(TrainerPhase.TRAINING, attempt, step=999, committed=999)
+
+    def give_nodes(self) -> None:
+        """The queue admits the cluster."""
+        for cluster in self.clusters.values():
+            cluster.suspended = False
+
+    def take_nodes(self) -> None:
+        """The queue takes the nodes back: the pods go, and the drivers with them."""
+        for cluster in self.clusters.values():
+            if "queue" in self.spec and not cluster.deleting:
+                cluster.suspended, cluster.age = True, 0
+                self._new_session(cluster)
+
+    def _new_session(self, cluster: RayCluster) -> None:
+        cluster.session += 1
+        cluster.jobs.clear()
+        cluster.progress = None
+
+    def lose_worker(self, failure_class: str = "WorkerLost") -> None:
         """The driver fails and says why."""
         for cluster in self.clusters.values():
             for submission, state in cluster.jobs.items():
                 if state == "RUNNING":
                     failure = TrainerFailure(
-                        failure_class="WorkerLost", message="rank 1 is gone", remedy="nothing", exit_code=1
+                        failure_class=FailureClass(failure_class),
+                        message="rank 1 is gone",
+                        remedy="nothing",
+                        exit_code=1,
                     )
                     attempt = int(submission.rpartition("a")[2])
                     cluster.jobs[submission] = "FAILED"
@@ -166,12 +231,18 @@ class World:
             other.join()
         if self.crash_at == (self.calls, after):
             raise Crash
+        if after and self.lost_reply_at == self.calls:
+            raise RayError("the connection was reset")
 
     @property
     def raw(self) -> dict[str, Any]:
         extra = {"deletionTimestamp": self.deleting.isoformat()} if self.deleting else {}
         metadata = {"finalizers": self.finalizers, "resourceVersion": str(self.version), "generation": self.generation}
         return {**resource(self.spec, **metadata, **extra), "status": self.status}
+
+    def remember(self) -> None:
+        """Keep the resource as it is now, for whoever reads it late."""
+        self.before = self.raw
 
     @property
     def seen_status(self) -> FineTuneStatus:
@@ -193,10 +264,14 @@ class FakeKube:
 
     def __init__(self, world: World) -> None:
         self._world = world
+        self._judge = Judge(CONFIG)
 
     async def run(self, key: Key) -> Run | None:
         self._up()
-        return None if self._world.gone else run_of(self._world.raw, CONFIG)
+        if self._world.stale_reads and self._world.before and not self._world.gone:
+            self._world.stale_reads -= 1
+            return run_of(self._world.before, CONFIG, self._judge)
+        return None if self._world.gone else run_of(self._world.raw, CONFIG, self._judge)
 
     async def runs(self) -> dict[Key, str]:
         self._up()
@@ -252,6 +327,7 @@ class FakeKube:
                 manifest,
                 suspended=manifest["spec"].get("suspend", False),
                 created=self._world.now,
+                as_made=copy.deepcopy(manifest),
             )
 
     async def create_token(self, key: Key, cluster: str, cluster_uid: str) -> None:
@@ -288,6 +364,7 @@ class FakeKube:
     async def apply_status(self, run: Run, status: FineTuneStatus, resource_version: str) -> None:
         def effect() -> None:
             self._precondition(resource_version)
+            self._world.remember()
             self._world.status = status.to_wire()
             self._world.version += 1
 
@@ -365,6 +442,33 @@ class FakeRay:
         return found.progress if found else Unknown("refused")
 
 
+PASSES = 200
+# Passes at one moment until nothing is left to do: the longest chain of steps of the rules, and some.
+MOST_PASSES_AT_ONCE = 12
+
+
+def settle(world: World, passes: int = PASSES) -> None:
+    """Reconcile and let time go by until the run has ended and nothing is left to do."""
+    operator = world.reconciler()
+    quiet = at_once = 0
+    for _ in range(passes):
+        try:
+            pause = asyncio.run(operator.reconcile(KEY))
+        except KubeError:
+            pause = 1.0
+        except Crash:
+            world.crash_at = None
+            operator, pause = world.reconciler(), 0.0
+        quiet = quiet + 1 if pause is None else 0
+        if quiet > 1:
+            return
+        at_once = at_once + 1 if pause == 0.0 else 0
+        assert at_once < MOST_PASSES_AT_ONCE, f"turns in circles: {world.seen_status.message}"
+        if pause != 0.0:
+            world.tick()
+    raise AssertionError(f"not settled after {passes} passes: {world.seen_status.phase} {world.seen_status.message}")
+
+
 def without_times(status: FineTuneStatus) -> FineTuneStatus:
     """A status without what the clock and the number of attempts decide."""
     conditions = tuple(condition.model_copy(update={"last_transition_time": NOW}) for condition in status.conditions)
@@ -377,4 +481,4 @@ def replace_status(status: FineTuneStatus, **changes: Any) -> FineTuneStatus:
     return status.model_copy(update={**timeless, "attempts": attempts, "usage": None, **changes})
 
 
-__all__ = ["KEY", "STEPS", "Crash", "World", "replace", "without_times"]
+__all__ = ["KEY", "PASSES", "STEPS", "Crash", "World", "replace", "settle", "without_times"]
