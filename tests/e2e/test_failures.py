@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from dsft_api.conditions import ConditionType, FailureClass, Phase, Reason
-from dsft_api.not_supported import NOT_BUILT
 from dsft_api.status import Condition, FineTuneStatus
 from tests.cluster.operator_install import S3_SECRET, s3_secret
 from tests.e2e.manifests import Assets, pool, tiny_run
@@ -68,8 +67,6 @@ NEVER = (
     ),
 )
 
-PROGRAM_IS_BUILT = all(row.path != "program" for row in NOT_BUILT)
-
 
 def failing(bucket: Bucket) -> dict[str, Fails]:
     """The rows that need the bucket's address, by name."""
@@ -112,8 +109,6 @@ def never_starting(shared_tenant: Tenant, assets: Assets) -> None:
 @pytest.mark.parametrize("name", ["no-bucket", "no-data", "user-code"])
 def test_a_trainer_that_gives_up(shared_tenant: Tenant, assets: Assets, bucket: Bucket, name: str) -> None:
     """Not retried, since it would be the same again: Failed at once, with what happened and what to do."""
-    if name == "user-code" and not PROGRAM_IS_BUILT:
-        pytest.skip("spec.program is not built")
     row = failing(bucket)[name]
     shared_tenant.apply(tiny_run(name, assets, steps=6, nodes=1, edits=row.edits))
     _assert_failed(shared_tenant, row)

@@ -21,7 +21,8 @@ pytestmark = pytest.mark.smoke
 STEPS, EVERY = 100, 25
 
 # Every field of the status (design, section 3) that applies to a run that succeeded on CPUs at its first attempt.
-# What does not: message of a wait, checkpointRequest, mfu and usage (GPUs), class (a failure), retries and retryToken.
+# What does not: modelRevision and dataRevision (hf://), mfu and usage (GPUs), checkpointRequest, retries and retryToken, and
+# what failed attempts have.
 COMPLETE: dict[str, Callable[[Any], bool]] = {
     "observedGeneration": lambda value: value == 1,
     "phase": lambda value: value == "Succeeded",
@@ -31,6 +32,7 @@ COMPLETE: dict[str, Callable[[Any], bool]] = {
     "resolved.image": lambda value: "@sha256:" in value,
     "resolved.contract": lambda value: value == CONTRACT,
     "resolved.storagePrefix": lambda value: value.startswith("s3://"),
+    "resolved.dataDigest": lambda value: value.startswith("sha256:"),
     "attempt": lambda value: value == 1,
     "rayCluster.name": lambda value: value.startswith("verse-paraphrase-"),
     "rayCluster.uid": bool,
@@ -73,6 +75,7 @@ COMPLETE: dict[str, Callable[[Any], bool]] = {
     "attempts.0.toStep": lambda value: value == STEPS,
     "attempts.0.exitCode": lambda value: value == 0,
     "attempts.0.nodes": lambda value: len(value) >= 1,
+    "logs.uri": lambda value: value.startswith("s3://"),
     "startTime": bool,
     "completionTime": bool,
 }
@@ -118,6 +121,13 @@ def test_commits_are_in_storage(quickstart: Finished) -> None:
     retained = quickstart.status.checkpoints.retained if quickstart.status.checkpoints else ()
     assert [commit.step for commit in read_commits(store)] == [ref.step for ref in retained]
     assert store.get_bytes(RESULT_FILE) is not None
+
+
+def test_logs_are_in_storage(quickstart: Finished, bucket: Bucket, tmp_path: Path) -> None:
+    """Where the status says, after the pods are gone."""
+    assert quickstart.status.logs is not None
+    files = [file for file in bucket.download(quickstart.status.logs.uri, tmp_path).rglob("*") if file.is_file()]
+    assert f"step {STEPS}" in "".join(file.read_text() for file in files)
 
 
 def test_the_export_predicts_as_the_evaluation_said(quickstart: Finished, bucket: Bucket, tmp_path: Path) -> None:

@@ -44,8 +44,7 @@ def test_both_statuses_say_it_in_the_same_words(local: FineTuneStatus, quickstar
     here = {c.type: (c.status, c.reason) for c in local.conditions}
     there = {c.type: (c.status, c.reason) for c in quickstart.status.conditions}
     assert here.items() <= there.items()
-    missing = local.model_fields_set - quickstart.status.model_fields_set
-    assert missing <= {"logs"}
+    assert local.model_fields_set <= quickstart.status.model_fields_set
 
 
 def _retained(status: FineTuneStatus) -> tuple[CheckpointRef, ...]:
