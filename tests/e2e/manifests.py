@@ -55,6 +55,8 @@ def tiny_run(
                 "schedule": {"type": "constant"},
                 "precision": "fp32",
             },
+            # By default once per epoch, which is 6 steps.
+            "evaluation": {"everySteps": max(3, steps // 2)},
             "execution": {"device": "cpu", "microBatchSize": 4},
             "nodePools": [pool("cpu", nodes)],
             "head": {"resources": {"requests": {"cpu": "200m", "memory": "512Mi"}, "limits": {"memory": "6Gi"}}},

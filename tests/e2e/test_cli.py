@@ -23,7 +23,9 @@ def test_watch_follows_to_the_end(followed: Followed) -> None:
 def test_logs_are_the_drivers(followed: Followed) -> None:
     """From the head pod's own output: what Ray said at its start, then driver and ranks, to the last word."""
     assert "Ray runtime started" in followed.log
-    assert f"step {STEPS}" in followed.log
+    assert f"of {STEPS}: loss" in followed.log
+    assert f"step {STEPS}: evaluation: accuracy" in followed.log
+    assert f"step {STEPS}: committed s3://" in followed.log
 
 
 def test_get_lists_and_shows(followed: Followed) -> None:

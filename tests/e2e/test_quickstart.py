@@ -127,7 +127,7 @@ def test_logs_are_in_storage(quickstart: Finished, bucket: Bucket, tmp_path: Pat
     """Where the status says, after the pods are gone."""
     assert quickstart.status.logs is not None
     files = [file for file in bucket.download(quickstart.status.logs.uri, tmp_path).rglob("*") if file.is_file()]
-    assert f"step {STEPS}" in "".join(file.read_text() for file in files)
+    assert f"step {STEPS}: committed s3://" in "".join(file.read_text() for file in files)
 
 
 def test_the_export_predicts_as_the_evaluation_said(quickstart: Finished, bucket: Bucket, tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ def _ship_log(job: Job, printed: Sequence[Path], afterwards: ExitStack) -> None:
 
 def _run(runtime: str, begin: Callable[[Job], None]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("botocore").setLevel(logging.WARNING)
     channel = Channel(Path(os.environ.get("DSFT_CHANNEL") or tempfile.mkdtemp(prefix="dsft-channel-")))
     try:
         job = read_job(os.environ)

@@ -14,13 +14,14 @@ from typing import Any
 from dsft_api.job import Job
 from dsft_api.layout import PROGRESS_FILE
 from dsft_api.progress import Progress, TrainerPhase
-from dsft_api.status import ProgressStatus
+from dsft_api.status import CheckpointRef, ProgressStatus
 from dsft_trainer.checkpoint.store import Store
 
 log = logging.getLogger(__name__)
 
 PUBLISH_SECONDS = 0.5
 STORE_SECONDS = 15.0
+LOG_SECONDS = 10.0
 
 
 class Reporter:
@@ -31,6 +32,7 @@ class Reporter:
         self._publish = publish
         self._store = store
         self._published = 0.0
+        self._logged = 0.0
         self._changed = threading.Event()
         self._closed = False
         self._thread = threading.Thread(target=self._write_to_storage, name="progress", daemon=True)
@@ -43,13 +45,26 @@ class Reporter:
 
     def update(self, *, now: bool = True, **changes: Any) -> None:
         """Change fields of the document and pass it on; with `now=False` only if the last time is a while ago."""
-        self._progress = self._progress.model_copy(
-            update={**changes, "seq": self._progress.seq + 1, "updated_at": datetime.now(UTC)}
-        )
+        before = self._progress
+        self._progress = before.model_copy(update={**changes, "seq": before.seq + 1, "updated_at": datetime.now(UTC)})
+        self._log(before)
         if now or time.monotonic() - self._published >= PUBLISH_SECONDS:
             self._published = time.monotonic()
             self._publish(self._progress.model_dump_json(by_alias=True, exclude_none=True))
             self._changed.set()
+
+    def _log(self, before: Progress) -> None:
+        """For those who read the log: evaluations and commits, and where the training is, now and then."""
+        evaluation, latest = self._progress.evaluation, _latest(self._progress)
+        if evaluation is not None and evaluation != before.evaluation:
+            metrics = ", ".join(f"{name} {value:.4g}" for name, value in evaluation.metrics.items())
+            log.info("step %d: evaluation: %s", evaluation.step, metrics)
+        if latest is not None and latest != _latest(before):
+            log.info("step %d: committed %s", latest.step, latest.uri)
+        step = self._progress.progress
+        if step is not None and time.monotonic() - self._logged >= LOG_SECONDS:
+            self._logged = time.monotonic()
+            log.info("step %d of %s: loss %.4g", step.step, step.total_steps, step.loss or 0.0)
 
     def close(self) -> None:
         """Write the last document to storage and stop."""
@@ -75,6 +90,10 @@ class Reporter:
             )
         except Exception as error:  # noqa: BLE001  progress is a courtesy: the run must not die of it
             log.warning("progress.json could not be written: %s", error)
+
+
+def _latest(progress: Progress) -> CheckpointRef | None:
+    return progress.checkpoints.latest if progress.checkpoints is not None else None
 
 
 class SilentReporter:
