@@ -1,5 +1,6 @@
 """An attempt and what it is told, as one submission: a constant command, and the job as JSON in its environment."""
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ from dsft_operator.core.naming import submission_id
 from dsft_operator.core.observed import Run
 
 ENTRYPOINT = shlex.join(["python", "-m", "dsft_trainer", "run"])
-# Linux takes 128 KiB per string of the environment (MAX_ARG_STRLEN); the rest of the job needs less than 8.
+# Linux takes 128 KiB per string of the environment (MAX_ARG_STRLEN); the rest of the job needs less than 8. What counts is the
+# job as a string inside JSON: Ray hands it so to the driver and to each worker, and tries for ever where that is too long.
 MAX_SPEC_BYTES = 120 * 1024
 _SUFFIXES = {
     "": Decimal(1),
@@ -73,10 +75,12 @@ def storage_prefix(run: Run, spec: FineTuneSpec) -> str:
 
 def too_large(spec: FineTuneSpec) -> Iterator[Problem]:
     """A job that the driver could not be started with: the kernel takes no longer environment string."""
-    size = len(spec.model_dump_json(by_alias=True, exclude_none=True).encode())
+    size = len(json.dumps(spec.model_dump_json(by_alias=True, exclude_none=True)))
     if size > MAX_SPEC_BYTES:
         longest = "spec.deepspeed.config, spec.program.config, spec.data.chatTemplate and spec.env are what can be long"
-        yield Problem("spec", f"is {size} bytes as JSON, and {MAX_SPEC_BYTES} is the most", f"shorten it: {longest}")
+        yield Problem(
+            "spec", f"is {size} bytes as JSON in JSON, and {MAX_SPEC_BYTES} is the most", f"shorten it: {longest}"
+        )
 
 
 def quantity(text: int | str) -> Decimal:

@@ -343,6 +343,14 @@ def test_the_largest_job_fits_into_the_environment() -> None:
     assert 110_000 < len(f"{JOB_ENV}={job_of(spec)}\0".encode()) < 128 * 1024
 
 
+def test_a_job_counts_as_ray_passes_it_on() -> None:
+    """As a string in JSON, where each quote takes another byte, and each letter that is not ASCII six."""
+    for awkward in ('"', "ö"):
+        spec = {"env": [{"name": f"N{n}", "value": awkward * 4000} for n in range(10)]}
+        problems = run_of(resource(spec), CONFIG).problems
+        assert [problem.field for problem in problems] == ["spec"]
+
+
 @pytest.mark.parametrize(
     ("text", "number"),
     [
