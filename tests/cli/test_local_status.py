@@ -7,7 +7,7 @@ import pytest
 
 from dsft_api.conditions import ConditionType, ExitCode, FailureClass, Phase
 from dsft_api.progress import Progress, TrainerFailure, TrainerPhase
-from dsft_api.status import CheckpointRef, Checkpoints, FineTuneStatus, ProgressStatus
+from dsft_api.status import CheckpointRef, Checkpoints, FineTuneStatus, Inputs, ProgressStatus
 from dsft_cli.local_status import MAX_ATTEMPTS, status_of
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -179,3 +179,12 @@ def test_a_long_message_is_cut_to_what_the_schema_allows() -> None:
     failed = status(told(TrainerPhase.FAILED, failure=failure), exit_code=5)
     assert len(failed.message or "") == 4096
     assert len(failed.attempts[0].message or "") == 1024
+
+
+def test_what_the_first_attempt_found_stays_known():
+    found = Inputs(model_revision="c0ffee", data_digest="sha256:1")
+    first = status(told(TrainerPhase.TRAINING).model_copy(update={"resolved": found}))
+    later = status(told(TrainerPhase.STARTING), first, now=LATER)
+    assert later.resolved is not None
+    assert (later.resolved.model_revision, later.resolved.data_digest) == ("c0ffee", "sha256:1")
+    assert later.resolved.storage_prefix == PREFIX

@@ -14,6 +14,7 @@ from dsft_api.job import Job, Ranks, RunRef
 from dsft_api.spec import FineTuneSpec
 from dsft_api.status import Inputs
 from dsft_trainer.checkpoint.store import open_store
+from dsft_trainer.driver import first_come
 from dsft_trainer.errors import TrainerError
 from dsft_trainer.pins import data_digest, pinned
 from tests.trainer import tiny
@@ -89,6 +90,27 @@ def test_other_data_is_refused_by_both_digests(rows: Path) -> None:
     assert caught.value.failure_class is FailureClass.DATA_INVALID
     assert str(known.data_digest) in caught.value.message
     assert str(data_digest(job)) in caught.value.message
+
+
+def test_run_json_binds_the_next_attempt(rows: Path, tmp_path: Path) -> None:
+    job = job_on(rows.as_uri()).model_copy(update={"storage_prefix": (tmp_path / "run").as_uri()})
+    first = first_come(job)
+    written = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert first.resolved is not None
+    assert written["resolved"] == first.resolved.to_wire()
+    other = job.ranks.model_copy(update={"threads": 7})
+    again = first_come(job.model_copy(update={"attempt": 2, "ranks": other}))
+    assert (again.resolved, again.ranks) == (first.resolved, first.ranks)
+    tiny.dataset(rows.parent, "text", 9)
+    with pytest.raises(TrainerError, match="the data is not what the run began with"):
+        first_come(job)
+
+
+def test_what_the_operator_says_binds_where_run_json_is_lost(rows: Path, tmp_path: Path) -> None:
+    job = job_on(rows.as_uri()).model_copy(update={"storage_prefix": (tmp_path / "run").as_uri()})
+    told = Inputs(data_digest="sha256:of-another-day")
+    with pytest.raises(TrainerError, match="sha256:of-another-day"):
+        first_come(job.model_copy(update={"resolved": told}))
 
 
 @pytest.mark.parametrize("place", ["", "/text.jsonl"])

@@ -201,7 +201,7 @@ def _attempt(job: Job, channel: Channel, runtime: str) -> Outcome:
         raise TrainerError(FailureClass.CONFIG_INVALID, "spec.program needs Ray", "use --runtime ray")
     with tempfile.TemporaryDirectory(prefix="dsft-preflight-") as cache:
         preflight(job, Path(cache))
-    job = _first_come(job)
+    job = first_come(job)
     if job.spec.program is not None:
         # The built-in ranks claim for themselves, once they know what they start from.
         make_claim(_store(job), job.attempt, None, job.ranks.count)
@@ -210,7 +210,7 @@ def _attempt(job: Job, channel: Channel, runtime: str) -> Outcome:
     return launcher.launch(job, channel)
 
 
-def _first_come(job: Job) -> Job:
+def first_come(job: Job) -> Job:
     """Write run.json, or take over what the first attempt wrote: inputs, and threads, on whose number sums depend."""
     store = _store(job)
     first = json.loads(store.get_bytes(layout.RUN_FILE) or b"{}")

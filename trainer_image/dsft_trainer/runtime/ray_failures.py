@@ -5,6 +5,7 @@ faster (the state API knows); or the kernel killed, and only its own counter on 
 """
 
 import logging
+import os
 from collections.abc import Iterator
 
 import ray
@@ -14,13 +15,14 @@ from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dsft_api.conditions import FailureClass
+from dsft_trainer.drain import RAY_ADDRESS_ENV
 from dsft_trainer.errors import TrainerError, failure_of
 from dsft_trainer.runtime.oom import oom_kills
 
 log = logging.getLogger(__name__)
 
-# For a node to start a process and answer: on failures only, and a pod may have but one core.
-ANSWER_SECONDS = 60
+# For all nodes to start a process and answer. A node that is gone and not yet declared so never does, and recovery waits.
+ANSWER_SECONDS = 30
 _COUNT_KEY = "oom-kills-"
 _KV_NAMESPACE = "dsft"
 
@@ -68,10 +70,13 @@ def _killed_by_kernel(here_before: int) -> TrainerError | None:
         node: ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
         for node in names
     }
+    answered, _ = ray.wait(list(questions.values()), num_returns=len(questions), timeout=ANSWER_SECONDS)
     found: list[str] = []
     for node, question in questions.items():
+        if question not in answered:
+            continue
         try:
-            count = ray.get(question, timeout=ANSWER_SECONDS)
+            count = ray.get(question)
         except ray.exceptions.RayError as error:
             log.info("%s does not say whether memory ran out: %s", names[node], type(error).__name__)
             continue
@@ -87,6 +92,8 @@ def _known_count(node: str) -> int:
 
 
 def _killed_by_monitor() -> TrainerError | None:
+    if not os.environ.get(RAY_ADDRESS_ENV):
+        return None  # a Ray of our own has no dashboard to ask
     from ray.util.state import list_actors
 
     mine = [("job_id", "=", ray.get_runtime_context().get_job_id()), ("state", "=", "DEAD")]
