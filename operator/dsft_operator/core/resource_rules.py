@@ -92,8 +92,8 @@ def unreadable(seen: Observed, now: datetime, config: OperatorConfig) -> Decisio
     if not seen.kuberay_installed and spec is not None and not spec.suspend:
         message = "the cluster has no RayCluster API: install KubeRay; the run starts once it is there"
         fact = Fact(value=False, reason=Reason.KUBERAY_MISSING, message=message)
-        changes = attempts.lost(run.status, spec, now, "KubeRay's API is gone, and the RayCluster with it")
-        wish = report(run, now, Phase.PENDING, fact.reason, message, {ConditionType.CLUSTER_READY: fact}, **changes)
+        # An attempt stays open: an API that is not served for a moment is no proof that its cluster is gone.
+        wish = report(run, now, Phase.PENDING, fact.reason, message, {ConditionType.CLUSTER_READY: fact})
         return Decision(status=wish, requeue_after=config.intervals.queued_seconds)
     if isinstance(seen.cluster, Unknown):
         return Decision(requeue_after=config.intervals.provisioning_seconds)

@@ -229,17 +229,18 @@ def ended_by(seen: Observed) -> Attempt:
     return seen.run.status.attempts[-1]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "an edit that is refused, and the cluster goes",
-        "KubeRay is removed while it runs",
-    ],
-)
-def test_an_attempt_whose_cluster_is_gone_is_closed(name: str) -> None:
-    seen, _ = after(SITUATIONS[name][0]())
+def test_an_attempt_whose_cluster_is_gone_is_closed() -> None:
+    seen, _ = after(SITUATIONS["an edit that is refused, and the cluster goes"][0]())
     assert ended_by(seen).failure_class is FailureClass.HEAD_LOST
     assert seen.run.status.job is None
+
+
+def test_an_api_that_is_away_for_a_moment_ends_no_attempt() -> None:
+    seen, _ = after(SITUATIONS["KubeRay is removed while it runs"][0]())
+    assert ended_by(seen).end_time is None
+    back, _ = after(replace(submitted(), run=seen.run), 5)
+    assert back.run.status.attempt == 1
+    assert back.run.status.phase is Phase.STARTING
 
 
 def test_an_edit_of_a_finished_run_is_acknowledged_once() -> None:

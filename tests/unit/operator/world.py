@@ -81,6 +81,7 @@ class World:
     api_down: bool = False
     ray_down: bool = False
     pods: tuple[Pod, ...] = ()
+    zombie_reads: int = 0  # so many reads of the progress show the document of an earlier attempt
     generous: bool = False  # the queue gives nodes to whoever asks
     exports: int = 0  # looks that an export takes
     hold: bool = False  # drivers stand still
@@ -162,10 +163,7 @@ class World:
 
     def let_a_zombie_write(self) -> None:
         """What is left of an earlier attempt writes its document over the one that counts."""
-        for cluster in self.clusters.values():
-            attempt = (self.seen_status.attempt or 0) - 1
-            if cluster.progress is not None and attempt > 0:
-                cluster.progress = told(TrainerPhase.TRAINING, attempt, step=999, committed=999)
+        self.zombie_reads = 3
 
     def give_nodes(self) -> None:
         """The queue admits the cluster."""
@@ -439,6 +437,10 @@ class FakeRay:
 
     async def progress(self, address: str, token: str) -> Progress | Unknown | None:
         found = self._at(address, token)
+        attempt = (self._world.seen_status.attempt or 0) - 1
+        if self._world.zombie_reads and attempt > 0:
+            self._world.zombie_reads -= 1
+            return told(TrainerPhase.TRAINING, attempt, step=999, committed=999)
         return found.progress if found else Unknown("refused")
 
 
