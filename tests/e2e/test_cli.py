@@ -24,7 +24,7 @@ def test_logs_are_the_drivers(followed: Followed) -> None:
     """From the head pod's own output: what Ray said at its start, then driver and ranks, to the last word."""
     assert "Ray runtime started" in followed.log
     assert f"of {STEPS}: loss" in followed.log
-    assert f"step {STEPS}: evaluation: accuracy" in followed.log
+    assert f"step {STEPS}: evaluation: loss" in followed.log
     assert f"step {STEPS}: committed s3://" in followed.log
 
 
