@@ -120,6 +120,15 @@ class Checkpoints(ApiModel):
     retained: Annotated[tuple[CheckpointRef, ...], Field(max_length=21)] = Field(
         default=(), description="All that are kept, oldest first."
     )
+    blocked_seconds: float | None = Field(
+        default=None, description="How long training stood still for the newest save."
+    )
+    interval_seconds: float | None = Field(
+        default=None,
+        description="Seconds between saves, where they are made by time: as written, or as chosen for auto.",
+    )
+    failures: int | None = Field(default=None, description="Saves in a row that failed up to now.")
+    failure: str | None = Field(default=None, max_length=1024, description="Why the last of them did, and what to do.")
 
 
 class Output(ApiModel):

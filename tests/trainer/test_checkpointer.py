@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from dsft_api.conditions import FailureClass
-from dsft_trainer.checkpoint.checkpointer import Checkpointer, Identity
+from dsft_trainer.checkpoint.checkpointer import Checkpointer, Identity, Point
 from dsft_trainer.checkpoint.listing import Retention, read_commits
 from dsft_trainer.checkpoint.store import Store, open_store
 from dsft_trainer.errors import TrainerError
@@ -36,14 +36,24 @@ class State:
     def __init__(self) -> None:
         self.value = ""
 
-    def save(self, folder: Path, tag: str) -> None:
-        (folder / tag / "zero").mkdir(parents=True)
-        (folder / tag / "model.pt").write_text(self.value * 1000)
-        (folder / tag / "zero" / "optimizer.pt").write_text(self.value)
+    def stage(self, folder: Path, tag: str) -> "Copied":
+        return Copied(self.value)
 
     def load(self, folder: Path, tag: str) -> None:
         self.value = (folder / tag / "zero" / "optimizer.pt").read_text()
         assert (folder / tag / "model.pt").read_text() == self.value * 1000
+
+
+class Copied:
+    """The state as it was."""
+
+    def __init__(self, value: str) -> None:
+        self.value = value
+
+    def write(self, folder: Path) -> None:
+        (folder / "zero").mkdir(parents=True)
+        (folder / "model.pt").write_text(self.value * 1000)
+        (folder / "zero" / "optimizer.pt").write_text(self.value)
 
 
 class Start:
@@ -71,7 +81,8 @@ class Start:
         """Commit a state that tells its step; the checkpoint's name."""
         self.state.value = f"step {step} of {self.checkpointer.claim}"
         metrics = {} if loss is None else {"loss": loss}
-        return self.checkpointer.save(self.state, step=step, samples=8 * step, epoch=step / 10, metrics=metrics).name
+        point = Point(step, samples=8 * step, epoch=step / 10, metrics=metrics)
+        return self.checkpointer.save(self.state, point).name
 
 
 def folders(store: Store) -> set[str]:

@@ -206,3 +206,17 @@ def test_every_parameter_is_partitioned(manifest: Manifest, tmp_path: Path) -> N
         assert all(share["here"] == 0 for share in shares), shares
         # Equal shares, the last one padded.
         assert {share["share"] for share in shares} == {-(-whole // RANKS)}, shares
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_staged_checkpoint_is_what_deepspeed_writes(manifest: Manifest, tmp_path: Path, precision: str) -> None:
+    """Copied at a step boundary and written after another step, every bit of it is from the boundary."""
+    job = job_of(changed(manifest, "training", precision=precision))
+    (tmp_path / "job.json").write_text(job.to_json())
+    torchrun("staged_files.py", str(tmp_path / "job.json"), str(tmp_path))
+    for rank in range(RANKS):
+        facts = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert facts["differences"] == []
+        assert f"rng-{rank}.pt" in facts["files"]
+        assert len([name for name in facts["files"] if name.endswith("_states.pt")]) == 2
+        assert facts["bytes"] > 100_000

@@ -1,10 +1,12 @@
 """The few collectives of the trainer, over the default process group.
 
 Every rank calls each of them the same number of times in the same order: decisions (stop, save, diverged) are taken from
-reduced values, never from local ones, since a rank that branches alone leaves its peers waiting.
+reduced values, never from local ones, since a rank that branches alone leaves its peers waiting. A thread beside the loop
+has no place in that order: it uses a group of its own (`side_group`).
 """
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -34,14 +36,22 @@ def broadcast(value: T | None) -> T:
     return box[0]  # type: ignore[return-value]
 
 
-def gather(value: T) -> list[T]:
+def side_group() -> dist.ProcessGroup:
+    """A group of all ranks for one thread beside the loop, with connections and an order of its own. Collective.
+
+    Its collectives end when a rank dies, and otherwise wait for days: how long an upload may take is not for them to say.
+    """
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+
+def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Every rank's value on every rank, by rank."""
     values: list[T | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values  # type: ignore[return-value]
 
 
-def together(action: Callable[[], T]) -> T:
+def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Run a rank-local action on all ranks, and fail on all of them if it failed on any.
 
     Without this the peers of a rank that could not, say, download its shard would wait in the next collective until it
@@ -55,7 +65,7 @@ def together(action: Callable[[], T]) -> T:
         cause = failure_of(error)
         # A plain one: subclasses need not survive pickling.
         failed = TrainerError(cause.failure_class, cause.message, cause.remedy)
-    failures = [failure for failure in gather(failed) if failure is not None]
+    failures = [failure for failure in gather(failed, group) if failure is not None]
     if failures:
         raise failed or failures[0]
     return result  # type: ignore[return-value]

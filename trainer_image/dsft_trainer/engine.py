@@ -5,7 +5,8 @@ The optimizer is torch's own AdamW over DeepSpeed's partitions: DeepSpeed's fuse
 
 import math
 import random
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dsft_api.batch import BatchPlan
 from dsft_api.conditions import FailureClass
 from dsft_api.spec import FineTuneSpec
 from dsft_api.spec.identity import OptimizerSpec, ScheduleSpec
+from dsft_trainer.checkpoint.staging import Buffers, Snapshot, StagedFiles
 from dsft_trainer.errors import TrainerError
 
 
@@ -87,6 +89,7 @@ class Engine:
         self.deepspeed = deepspeed_engine
         self.model = model
         self.device = device
+        self._buffers = Buffers()
 
     def forward(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The model's logits."""
@@ -135,13 +138,25 @@ class Engine:
         if state["cuda"] is not None:
             torch.cuda.set_rng_state(state["cuda"], self.device)
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Write this rank's ZeRO shards and RNG into `folder/tag`. Collective."""
+    def stage(self, folder: Path, tag: str) -> StagedFiles:
+        """Copy this rank's ZeRO shards and RNG into host memory, and let go of the copies made before. Collective.
+
+        `folder` is for what DeepSpeed puts beside them (a script that a checkpoint does not need); it is removed.
+        """
+        self._buffers.reuse()
         folder.mkdir(parents=True, exist_ok=True)
-        # Each rank has a folder of its own, and DeepSpeed makes the tag's folder on rank 0 only.
-        (folder / tag).mkdir(exist_ok=True)
-        self.deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False)
-        torch.save(self.rng_state(), folder / tag / f"rng-{dist.get_rank()}.pt")
+        files: dict[str, Snapshot] = {}
+        writer = self.deepspeed.checkpoint_engine
+        # DeepSpeed's hook for other ways to write: it calls this with each file's content and path.
+        self.deepspeed.checkpoint_engine = _Stager(writer, folder / tag, files, self._buffers)
+        try:
+            self.deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        finally:
+            self.deepspeed.checkpoint_engine = writer
+        files[f"rng-{dist.get_rank()}.pt"] = Snapshot.of(self.rng_state(), self._buffers)
+        self._buffers.finish()
+        shutil.rmtree(folder, ignore_errors=True)
+        return StagedFiles(files)
 
     def load(self, folder: Path, tag: str) -> None:
         """Take the state over from `folder/tag`. Collective; only for a fresh engine."""
@@ -154,6 +169,23 @@ class Engine:
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """All weights gathered, on rank 0's CPU; empty elsewhere. Collective."""
         return self.deepspeed._zero3_consolidated_16bit_state_dict() or {}
+
+
+class _Stager:
+    """Takes the place of DeepSpeed's checkpoint engine during one `save_checkpoint`, and keeps what it should write."""
+
+    def __init__(self, writer: Any, folder: Path, files: MutableMapping[str, Snapshot], buffers: Buffers) -> None:
+        self._writer = writer
+        self._folder = folder
+        self._files = files
+        self._buffers = buffers
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._writer, name)
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Called by DeepSpeed: a copy now, the file later."""
+        self._files[Path(path).relative_to(self._folder).as_posix()] = Snapshot.of(state_dict, self._buffers)
 
 
 def without_compiled_ops() -> None:

@@ -14,8 +14,8 @@ from dsft_api.conditions import FailureClass
 from dsft_api.progress import TrainerPhase
 from dsft_api.status import EvaluationStatus
 from dsft_trainer import collectives
-from dsft_trainer.checkpoint.checkpointer import Checkpointer
-from dsft_trainer.checkpoint.listing import references
+from dsft_trainer.checkpoint.checkpointer import Point
+from dsft_trainer.checkpoint.saver import Saver
 from dsft_trainer.data.collate import Collator
 from dsft_trainer.data.indexed import IndexedDataset
 from dsft_trainer.data.sampler import GlobalBatches, split
@@ -38,15 +38,10 @@ class Schedule:
     total_steps: int
     steps_per_epoch: int
     evaluate_every: int | None
-    save_every: int
 
     def evaluation_due(self, step: int) -> bool:
         """Whether to evaluate after this step. The end always is, when there is anything to evaluate."""
         return self.evaluate_every is not None and (step % self.evaluate_every == 0 or step == self.total_steps)
-
-    def save_due(self, step: int) -> bool:
-        """Whether to commit after this step. The end always is."""
-        return step % self.save_every == 0 or step == self.total_steps
 
 
 @dataclass
@@ -58,7 +53,7 @@ class Trainer:
     batches: GlobalBatches
     collator: Collator
     evaluator: Evaluator | None
-    checkpointer: Checkpointer
+    saver: Saver
     schedule: Schedule
     place: Place
     reporter: Reporter | SilentReporter
@@ -78,18 +73,22 @@ class Trainer:
         Returns INTERRUPTED when the launcher asked for a stop; the state is committed then.
 
         Raises:
-            TrainerError: Diverged, when the loss is not finite or gradients stay so.
+            TrainerError: Diverged, when the loss is not finite or gradients stay so; what `Saver.settle` raises.
         """
         self.engine.train()
         self.pace.pause()
         for step in range(first_step + 1, self.schedule.total_steps + 1):
             stop = self._train_step(step)
+            if self.saver.settleable:
+                self.saver.settle()
+                self._report_checkpoints()
             metrics = self._evaluate(step) if self.schedule.evaluation_due(step) else {}
-            stop_now = stop and step < self.schedule.total_steps
-            if self.schedule.save_due(step) or stop_now or self._is_best(metrics):
+            done = step == self.schedule.total_steps
+            if stop or done:
+                self._save_now(step, metrics)
+                return Outcome.SUCCEEDED if done else Outcome.INTERRUPTED
+            if self.saver.due(step) or self._is_best(metrics):
                 self._save(step, metrics)
-            if stop_now:
-                return Outcome.INTERRUPTED
         return Outcome.SUCCEEDED
 
     def _train_step(self, step: int) -> bool:
@@ -110,9 +109,10 @@ class Trainer:
             if i + 1 < len(micro_steps):
                 self.engine.micro_step()
             self.beat()
-        total, tokens, stops = collectives.all_sum(
-            [float(summed), tokens, float(self.drain_requested())], self.engine.device
+        total, tokens, stops, *votes = collectives.all_sum(
+            [float(summed), tokens, float(self.drain_requested()), *self.saver.votes()], self.engine.device
         )
+        self.saver.heard(*votes)
         if not math.isfinite(total):
             raise TrainerError(
                 FailureClass.DIVERGED, f"the loss of step {step} is {total}; the last checkpoint is from before it"
@@ -170,32 +170,40 @@ class Trainer:
 
     def _is_best(self, metrics: dict[str, float]) -> bool:
         """Whether this evaluation beats all committed ones, and best checkpoints are kept."""
-        policy = self.checkpointer.retention
+        policy = self.saver.checkpointer.retention
         if policy.keep_best == 0 or policy.metric not in metrics:
             return False
         others = [
-            commit.metrics[policy.metric] for commit in self.checkpointer.commits if policy.metric in commit.metrics
+            commit.metrics[policy.metric]
+            for commit in self.saver.checkpointer.commits
+            if policy.metric in commit.metrics
         ]
         value = metrics[policy.metric]
         return not others or (value > max(others) if policy.larger_is_better else value < min(others))
 
     def _save(self, step: int, metrics: dict[str, float]) -> None:
+        """Copy the state; the rest is done while the next steps are."""
+        if self.saver.checkpointer.pending:
+            self.reporter.update(phase=TrainerPhase.SAVING)
+        self.saver.save(self.engine, self._point(step, metrics))
+        self._saved()
+
+    def _save_now(self, step: int, metrics: dict[str, float]) -> None:
+        """Commit before anything else happens."""
         self.reporter.update(phase=TrainerPhase.SAVING)
-        if self.metrics is not None:
-            self.metrics.upload()
-        self.checkpointer.save(
-            self.engine,
-            step=step,
-            samples=step * self.batches.global_batch_size,
-            epoch=self._epoch(step),
-            metrics=metrics,
-        )
+        self.saver.save_now(self.engine, self._point(step, metrics))
+        self._saved()
+
+    def _saved(self) -> None:
         self.beat()
         self.pace.pause()
-        self.reporter.update(
-            phase=TrainerPhase.TRAINING,
-            checkpoints=references(self.storage_prefix, self.checkpointer.commits, self.checkpointer.retention),
-        )
+        self._report_checkpoints()
+
+    def _point(self, step: int, metrics: dict[str, float]) -> Point:
+        return Point(step, samples=step * self.batches.global_batch_size, epoch=self._epoch(step), metrics=metrics)
+
+    def _report_checkpoints(self) -> None:
+        self.reporter.update(phase=TrainerPhase.TRAINING, checkpoints=self.saver.report(self.storage_prefix))
 
     def _epoch(self, step: int) -> float:
         return step / self.schedule.steps_per_epoch

@@ -1,10 +1,11 @@
 """Metrics of one group start: a JSON line per step and evaluation, and TensorBoard events if wanted. Rank 0 only.
 
-Objects cannot grow, so lines are stored in parts, `metrics/<claim>-<n>.jsonl`, one per upload. A checkpoint is preceded by
-an upload: the line of every committed step is in storage.
+Objects cannot grow, so lines are stored in parts, `metrics/<claim>-<n>.jsonl`, one per upload. A commit is preceded by
+an upload: the line of every committed step is in storage. The thread that saves may upload while the loop writes.
 """
 
 import json
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +20,7 @@ class MetricsLog:
         self._claim = claim
         self._lines: list[str] = []
         self._parts = 0
+        self._uploading = threading.Lock()
         self._events_folder = folder / "tensorboard"
         self._events = None
         if tensorboard:
@@ -35,15 +37,17 @@ class MetricsLog:
                 self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def upload(self) -> None:
-        """Bring storage up to date."""
-        if self._lines:
-            self._store.put_bytes(f"metrics/{self._claim}-{self._parts:05d}.jsonl", "".join(self._lines).encode())
-            self._parts += 1
-            self._lines.clear()
-        if self._events is not None:
-            self._events.flush()
-            for path in self._events_folder.iterdir():
-                self._store.put_bytes(f"tensorboard/{self._claim}/{path.name}", path.read_bytes())
+        """Bring storage up to date. What could not be stored is kept for the next time."""
+        with self._uploading:
+            lines = list(self._lines)
+            if lines:
+                self._store.put_bytes(f"metrics/{self._claim}-{self._parts:05d}.jsonl", "".join(lines).encode())
+                self._parts += 1
+                del self._lines[: len(lines)]
+            if self._events is not None:
+                self._events.flush()
+                for path in self._events_folder.iterdir():
+                    self._store.put_bytes(f"tensorboard/{self._claim}/{path.name}", path.read_bytes())
 
     def close(self) -> None:
         """Bring storage up to date for the last time."""

@@ -26,7 +26,8 @@ from dsft_api.progress import TrainerPhase
 from dsft_api.status import EvaluationStatus, Output
 from dsft_trainer import collectives
 from dsft_trainer.checkpoint.checkpointer import Checkpointer, Identity
-from dsft_trainer.checkpoint.listing import Retention, references
+from dsft_trainer.checkpoint.listing import Retention, read_claims, references
+from dsft_trainer.checkpoint.saver import Cadence, Saver, seconds_between_failures
 from dsft_trainer.checkpoint.store import Store, open_store
 from dsft_trainer.data.collate import Collator
 from dsft_trainer.data.prepare import Prepared, open_prepared, tokenize_here, write_tokens
@@ -141,11 +142,14 @@ class _Attempt:
         checkpointer.load(engine)
         self.beat()
         metrics = self._metrics_log(str(checkpointer.claim))
+        if metrics is not None:
+            checkpointer.before_commit = metrics.upload
         trainer = self._trainer(engine, data, batches, tokenizer, checkpointer, schedule, metrics)
         try:
             outcome = trainer.run(base.step if base else 0)
         finally:
-            # Also when it failed: the last lines are those that explain it.
+            # Also when it failed: a save that is on its way may still count, and the last lines are those that explain.
+            checkpointer.close(self.spec.checkpoint.drain_seconds)
             if metrics is not None:
                 metrics.close()
         if outcome is Outcome.INTERRUPTED:
@@ -207,8 +211,18 @@ class _Attempt:
             total_steps=total,
             steps_per_epoch=per_epoch,
             evaluate_every=(self.spec.evaluation.every_steps or per_epoch) if has_eval else None,
-            save_every=self.spec.checkpoint.every_steps or per_epoch,
         )
+
+    def _saver(self, checkpointer: Checkpointer, steps_per_epoch: int) -> Saver:
+        policy = self.spec.checkpoint
+        if policy.interval == "auto":
+            claims = read_claims(self.store) if self.place.is_first else []
+            cadence = Cadence(seconds_between_failures=seconds_between_failures(claims, datetime.now(UTC)))
+        elif policy.every_minutes is not None:
+            cadence = Cadence(every_minutes=policy.every_minutes)
+        else:
+            cadence = Cadence(every_steps=policy.every_steps or steps_per_epoch)
+        return Saver(checkpointer, cadence, max_failures=policy.max_failures)
 
     def _engine(self, folder: Path, tokenizer: PreTrainedTokenizerBase, data: Prepared, total_steps: int) -> Engine:
         plan = plan_batch(
@@ -268,7 +282,7 @@ class _Attempt:
             batches=batches,
             collator=collator,
             evaluator=evaluator,
-            checkpointer=checkpointer,
+            saver=self._saver(checkpointer, schedule.steps_per_epoch),
             schedule=schedule,
             place=self.place,
             reporter=self.reporter,

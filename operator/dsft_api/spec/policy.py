@@ -17,7 +17,7 @@ class CheckpointPolicy(ApiModel):
     )
     every_minutes: float | None = Field(default=None, gt=0, description="Minutes between checkpoints.")
     interval: Literal["auto"] | None = Field(
-        default=None, description="auto: chosen from measured save time and failure rate."
+        default=None, description="auto: chosen from the time that a save blocks and how often the run was restarted."
     )
     keep_last: int = Field(default=2, ge=1, le=10, description="Newest checkpoints to keep.")
     keep_best: int = Field(
@@ -27,7 +27,9 @@ class CheckpointPolicy(ApiModel):
         description="Best checkpoints to keep, by evaluation.metric. An evaluation that is the best so far is "
         "committed.",
     )
-    max_failures: int = Field(default=3, ge=1, description="Failed saves in a row that fail the attempt.")
+    max_failures: int = Field(
+        default=3, ge=1, description="Failed saves in a row that fail the attempt. Fewer are skipped: training goes on."
+    )
     drain_seconds: int = Field(
         default=300, ge=1, le=3600, description="Longest wait for the commit when asked to stop."
     )

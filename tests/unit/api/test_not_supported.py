@@ -25,9 +25,6 @@ NOT_YET = [
     ({"spec.execution.interconnect": {}}, "spec.execution.interconnect"),
     ({"spec.deepspeed.offload": {"optimizer": "cpu"}}, "spec.deepspeed.offload.optimizer"),
     ({"spec.deepspeed.offload": {"params": "cpu"}}, "spec.deepspeed.offload.params"),
-    ({"spec.checkpoint.everyMinutes": 5}, "spec.checkpoint.everyMinutes"),
-    ({"spec.checkpoint.interval": "auto"}, "spec.checkpoint.interval"),
-    ({"spec.checkpoint.maxFailures": 5}, "spec.checkpoint.maxFailures"),
     ({"spec.checkpoint.onWorldSizeChange": "convert"}, "spec.checkpoint.onWorldSizeChange"),
     ({"spec.export.mergeLora": False}, "spec.export.mergeLora"),
     ({"spec.export.pushToHub": {"repoId": "a/b"}}, "spec.export.pushToHub"),
@@ -105,4 +102,4 @@ def test_written_paths_carry_their_places(manifest):
 
 
 def test_defaults_that_the_api_server_writes_are_not_refused(manifest):
-    assert parse(manifest({"spec.checkpoint.maxFailures": 3, "spec.export.mergeLora": True}))
+    assert parse(manifest({"spec.export.mergeLora": True}))

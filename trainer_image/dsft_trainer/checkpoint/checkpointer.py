@@ -1,14 +1,18 @@
 """Saves, restores and retires checkpoints: DeepSpeed's shards plus RNG, committed by one manifest written last.
 
-Order of a save: every rank writes and uploads its files, then its `rank-<r>.json`; after a barrier rank 0 reads those
-manifests, checks that no newer group start has claimed the run, and writes COMMIT.json. A kill at any point leaves either
-a whole checkpoint or a folder without COMMIT.json, which nobody reads and the next start sweeps.
+A save begins at a step boundary: every rank copies its state into host memory. The rest is done by a thread of each rank while
+the loop goes on: it writes and uploads the files, then `rank-<r>.json`; once all ranks have, rank 0's thread reads those
+manifests, checks that no newer group start has claimed the run, and writes COMMIT.json. A kill at any point leaves either a
+whole checkpoint or a folder without COMMIT.json, which nobody reads and the next start sweeps.
+
+The threads have a process group of their own, with one collective per save: they cannot mix with those of the loop. How a save
+ended the loop learns in `settle`, where rank 0's word counts for all ranks, so that all of them go on with the same commits.
 """
 
 import hashlib
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +23,8 @@ from pydantic import TypeAdapter
 from dsft_api.conditions import FailureClass
 from dsft_api.layout import CHECKPOINTS
 from dsft_trainer import collectives
+from dsft_trainer.checkpoint.background import Task
+from dsft_trainer.checkpoint.backoff import patiently
 from dsft_trainer.checkpoint.commits import (
     COMMIT_FILE,
     ClaimId,
@@ -36,16 +42,34 @@ log = logging.getLogger(__name__)
 _FILES = TypeAdapter(tuple[CommittedFile, ...])
 
 
+class Staged(Protocol):
+    """This rank's part of a checkpoint, in memory and independent of the engine."""
+
+    def write(self, folder: Path) -> None:
+        """Write its files below `folder`. May be called again, should the upload fail."""
+        ...
+
+
 class Shards(Protocol):
     """What is saved: the engine's state of this rank. Both calls are collective."""
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Write this rank's files into `folder/tag`."""
+    def stage(self, folder: Path, tag: str) -> Staged:
+        """Copy the state into memory; what was staged before is no longer needed. `folder` is for what cannot be."""
         ...
 
     def load(self, folder: Path, tag: str) -> None:
         """Take the state over from `folder/tag`, which holds this rank's files."""
         ...
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where in the training a checkpoint is."""
+
+    step: int
+    samples: int
+    epoch: float
+    metrics: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -64,9 +88,14 @@ def _sha256(path: Path) -> str:
 
 
 class Checkpointer:
-    """One group start's view of the run's checkpoints. All methods but the constructor are collective."""
+    """One group start's view of the run's checkpoints. All methods are collective; `saving` is this rank's own.
+
+    One save at a time: `start` it, and `settle` it before the next. `before_commit` runs on rank 0's thread between the
+    uploads and the commit.
+    """
 
     def __init__(self, store: Store, place: Place, scratch: Path, identity: Identity, retention: Retention) -> None:
+        self.before_commit: Callable[[], None] = lambda: None
         self.store = store
         self.place = place
         self.scratch = scratch
@@ -75,6 +104,9 @@ class Checkpointer:
         self.commits: list[Commit] = []
         self.base: Commit | None = None
         self._claim: ClaimId | None = None
+        self._group = collectives.side_group()
+        self._task: Task[Commit | None] | None = None
+        self._doomed: set[str] = set()
 
     @property
     def claim(self) -> ClaimId:
@@ -115,40 +147,76 @@ class Checkpointer:
         shards.load(self._restore_folder, self.base.name)
         shutil.rmtree(self._restore_folder, ignore_errors=True)
 
-    def save(self, shards: Shards, *, step: int, samples: int, epoch: float, metrics: Mapping[str, float]) -> Commit:
-        """Write, upload, verify and commit one checkpoint, then apply the retention policy.
+    @property
+    def pending(self) -> bool:
+        """Whether a save was started and not settled yet; the same on all ranks."""
+        return self._task is not None
 
-        Raises:
-            TrainerError: HeadLost if a newer group start has claimed the run: this one is a zombie and must stop.
-        """
-        name = commit_name(step, self.claim)
-        folder = self.scratch / "save" / f"rank-{self.place.rank}"
-        shards.save(folder, name)
-        collectives.together(lambda: self._upload(folder / name, name))
-        shutil.rmtree(folder, ignore_errors=True)
+    @property
+    def saving(self) -> bool:
+        """Whether this rank's thread is at work."""
+        return self._task is not None and self._task.running
+
+    def start(self, shards: Shards, point: Point) -> None:
+        """Copy the state; it is uploaded, verified and committed in the background from here on."""
+        if self.pending:
+            raise RuntimeError("the save before this one is not settled")
+        name = commit_name(point.step, self.claim)
+        staged = shards.stage(self._save_folder / "staging", name)
         draft = Commit(
             name=name,
             claim=self.claim,
-            step=step,
-            samples=samples,
-            epoch=epoch,
+            step=point.step,
+            samples=point.samples,
+            epoch=point.epoch,
             world_size=self.place.world_size,
             zero_stage=self.identity.zero_stage,
             precision=self.identity.precision,
             spec_hash=self.identity.spec_hash,
             versions=dict(self.identity.versions),
-            metrics=dict(metrics),
+            metrics=dict(point.metrics),
             files=(),
             time=datetime.now(UTC),
         )
-        commit = collectives.on_first(self.place.is_first, lambda: self._commit(draft))
-        self.commits = [*self.commits, commit]
-        self._retire()
-        return commit
+        self._task = Task(lambda: self._save(staged, draft), name=name)
+
+    def settle(self) -> Commit | TrainerError:
+        """Wait for the save's end, and apply the retention policy; its commit, or why there is none, on all ranks."""
+        if self._task is None:
+            raise RuntimeError("no save was started")
+        task, self._task = self._task, None
+        outcome = collectives.broadcast(task.outcome())
+        if isinstance(outcome, Commit):
+            self.commits = self._kept(outcome)
+        else:
+            self._doomed.add(task.name)
+        return outcome or TrainerError(FailureClass.UNKNOWN, "the save ended without a word")
+
+    def save(self, shards: Shards, point: Point) -> Commit:
+        """`start` and `settle`.
+
+        Raises:
+            TrainerError: what kept it from being committed; HeadLost if a newer group start has claimed the run: this one
+                is a zombie and must stop.
+        """
+        self.start(shards, point)
+        outcome = self.settle()
+        if isinstance(outcome, TrainerError):
+            raise outcome
+        return outcome
+
+    def close(self, seconds: float) -> None:
+        """Give a save that is on its way so long to end. Not collective: for the end of a rank, however it ends."""
+        if self._task is not None and not self._task.wait(seconds):
+            log.warning("a checkpoint was not committed within %.0f s", seconds)
 
     @property
     def _restore_folder(self) -> Path:
         return self.scratch / "restore" / f"rank-{self.place.rank}"
+
+    @property
+    def _save_folder(self) -> Path:
+        return self.scratch / "save" / f"rank-{self.place.rank}"
 
     def _refuse_other_world_size(self, commit: Commit) -> None:
         if commit.world_size != self.place.world_size:
@@ -176,18 +244,35 @@ class Checkpointer:
                 return False
         return True
 
-    def _upload(self, folder: Path, name: str) -> None:
-        paths = sorted(path for path in folder.rglob("*") if path.is_file())
-        files = [
-            CommittedFile(
-                path=path.relative_to(folder).as_posix(),
-                size=path.stat().st_size,
-                sha256=_sha256(path),
-                rank=self.place.rank,
-            )
-            for path in paths
-        ]
-        put_files(self.store, [(folder / file.path, f"{CHECKPOINTS}/{name}/{file.path}") for file in files])
+    def _save(self, staged: Staged, draft: Commit) -> Commit | None:
+        """All of a save but the copy, on this rank's thread; the commit on rank 0."""
+        collectives.together(lambda: patiently(lambda: self._upload(staged, draft.name)), self._group)
+        if not self.place.is_first:
+            return None
+        patiently(self.before_commit)
+        draft = draft.model_copy(update={"time": datetime.now(UTC)})
+        commit = patiently(lambda: self._commit(draft))
+        self._retire(commit)
+        return commit
+
+    def _upload(self, staged: Staged, name: str) -> None:
+        """Write this rank's files and move them to the store, from the beginning: a store may take a file away."""
+        folder = self._save_folder / name
+        try:
+            staged.write(folder)
+            paths = sorted(path for path in folder.rglob("*") if path.is_file())
+            files = [
+                CommittedFile(
+                    path=path.relative_to(folder).as_posix(),
+                    size=path.stat().st_size,
+                    sha256=_sha256(path),
+                    rank=self.place.rank,
+                )
+                for path in paths
+            ]
+            put_files(self.store, [(folder / file.path, f"{CHECKPOINTS}/{name}/{file.path}") for file in files])
+        finally:
+            shutil.rmtree(self._save_folder, ignore_errors=True)
         self.store.put_bytes(f"{CHECKPOINTS}/{name}/rank-{self.place.rank}.json", _FILES.dump_json(tuple(files)))
 
     def _commit(self, draft: Commit) -> Commit:
@@ -212,17 +297,27 @@ class Checkpointer:
         self.store.put_bytes(commit.key, manifest(commit))
         return commit
 
-    def _retire(self) -> None:
+    def _kept(self, commit: Commit) -> list[Commit]:
+        """The commits that there are with this one."""
+        commits = [*self.commits, commit]
         gone = superfluous(
-            self.commits,
+            commits,
             keep_last=self.retention.keep_last,
             keep_best=self.retention.keep_best,
             metric=self.retention.metric,
             larger_is_better=self.retention.larger_is_better,
         )
-        self.commits = [commit for commit in self.commits if commit not in gone]
-        if self.place.is_first and gone:
-            self._delete_folders({commit.name for commit in gone})
+        return [commit for commit in commits if commit not in gone]
+
+    def _retire(self, commit: Commit) -> None:
+        """Delete what the policy lets go; what cannot be deleted now is tried again after the next save."""
+        kept = {commit.name for commit in self._kept(commit)}
+        self._doomed = (self._doomed | {commit.name for commit in self.commits}) - kept
+        try:
+            self._delete_folders(self._doomed)
+            self._doomed = set()
+        except TrainerError as error:
+            log.warning("old checkpoints could not be deleted, for now: %s", error)
 
     def _sweep(self) -> None:
         """Remove what crashes, superseded groups and an interrupted retirement left behind."""

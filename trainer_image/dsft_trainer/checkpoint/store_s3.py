@@ -5,7 +5,6 @@ beginning anew, and access errors surface at once.
 """
 
 import os
-import random
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,10 +30,11 @@ from botocore.exceptions import (
 from s3transfer.exceptions import RetriesExceededError
 from s3transfer.manager import TransferConfig, TransferManager
 from s3transfer.utils import S3_RETRYABLE_DOWNLOAD_ERRORS
-from tenacity import retry, retry_if_exception, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+from tenacity import retry, retry_if_exception, retry_if_exception_type, stop_after_attempt
 from typing_extensions import override
 
 from dsft_api.conditions import FailureClass
+from dsft_trainer.checkpoint import backoff
 from dsft_trainer.checkpoint.store import COMMIT, Entry, ObjectMissingError, Store, check_key
 from dsft_trainer.errors import TrainerError
 
@@ -43,7 +43,7 @@ PART_BYTES = 64 * 1024 * 1024
 _CONNECTIONS = 16
 _ANSWER_SECONDS = 60.0
 _LONGEST_WAIT_SECONDS = 5.0
-_WAIT = wait_random_exponential(max=_LONGEST_WAIT_SECONDS)
+_WAIT = backoff.wait(_LONGEST_WAIT_SECONDS)
 _STOP = stop_after_attempt(5)
 
 _TRANSIENT_STATUS = frozenset({429, 500, 502, 503, 504})
@@ -313,7 +313,7 @@ class _Retries:
             return None
         now = time.monotonic()
         deadline = request_dict["context"].setdefault("dsft_retry_deadline", now + self.seconds)
-        wait = random.uniform(0.5, 1.0) * min(0.1 * 2**attempts, _LONGEST_WAIT_SECONDS)  # noqa: S311
+        wait = backoff.jittered(attempts, _LONGEST_WAIT_SECONDS, first=0.2)
         return wait if now + wait < deadline else None
 
 
