@@ -112,6 +112,10 @@ verify: venv ## Fail if a generated file is not fresh
 bench: venv ## Start-up and steady state against bare torchrun and DeepSpeed; minutes, wants an idle machine
 	$(BIN)/python -m tests.bench.launch
 
+.PHONY: bench-checkpoint
+bench-checkpoint: venv ## What a checkpoint costs training, against the synchronous way and a plain copy; minutes, wants an idle machine
+	$(BIN)/python -m tests.bench.checkpoint
+
 .PHONY: clean
 clean: ## Remove the environment and what was built; runs/ stays
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

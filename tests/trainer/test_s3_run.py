@@ -3,12 +3,14 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dsft_api.conditions import ExitCode
 from tests.cli.command import Dsft, classifier
-from tests.s3_server import READER, S3Server
+from tests.s3_faults import faulty
+from tests.s3_server import READER, REGION, S3Server
 from tests.trainer import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -29,10 +31,15 @@ def upload(server: S3Server, bucket: str, folder: Path) -> None:
         server.client().upload_file(str(path), bucket, path.relative_to(folder).as_posix())
 
 
-def phase(dsft: Dsft) -> str | None:
-    """What the trainer told last that it does."""
+def progress(dsft: Dsft) -> dict[str, Any]:
+    """What the trainer told last."""
     told = [json.loads(path.read_text()) for path in dsft.runs.glob("*/*/channel/dsft-progress.json")]
-    return told[0]["phase"] if told else None
+    return told[0] if told else {}
+
+
+def phase(dsft: Dsft) -> str | None:
+    """What it told last that it does."""
+    return progress(dsft).get("phase")
 
 
 def test_a_run_outlives_the_s3_server_that_dies_under_a_checkpoint(tmp_path: Path, server: S3Server) -> None:
@@ -58,7 +65,8 @@ def test_a_run_outlives_the_s3_server_that_dies_under_a_checkpoint(tmp_path: Pat
     (tmp_path / "dsft").mkdir()
 
     with dsft.start("run", "-f", dsft.write(manifest), "--runtime", "torchrun", "-o", "json") as running:
-        running.until(lambda: phase(dsft) == "saving")
+        # The last one: training waits for it.
+        running.until(lambda: phase(dsft) == "saving" and progress(dsft)["progress"]["step"] == STEPS)
         server.kill()
         assert phase(dsft) == "saving", "the checkpoint was committed before the server died"
         server.restart()
@@ -79,6 +87,42 @@ def test_a_run_outlives_the_s3_server_that_dies_under_a_checkpoint(tmp_path: Pat
     keys_stored = {entry["Key"] for entry in server.client().list_objects_v2(Bucket="fine-tuning")["Contents"]}
     run = prefix.removeprefix(f"{bucket}/")
     assert {f"{run}/RESULT.json", f"{run}/export/model.safetensors", f"{run}/export/manifest.json"} <= keys_stored
+
+
+def test_a_refused_checkpoint_is_skipped_and_slow_ones_hold_the_run_back(
+    tmp_path: Path, s3_server: S3Server, s3_bucket: str
+) -> None:
+    """The first checkpoint's shards of one rank are refused; every upload takes longer than the steps between two."""
+    dsft = Dsft(tmp_path, s3_server.env())
+    with faulty(s3_server.endpoint) as proxy:
+        proxy.refuse = lambda method, path: method == "PUT" and "step-00000002-" in path and "rank_1" in path
+        proxy.seconds_per_put = 1.0
+        manifest = classifier(
+            tiny.bert(tmp_path / "model"),
+            tiny.dataset(tmp_path, "classification"),
+            **{
+                "metadata.name": "refused",
+                "spec.data.evalFraction": None,
+                "spec.evaluation": None,
+                "spec.training.maxSteps": 8,
+                "spec.checkpoint": {"everySteps": 2, "keepLast": 10},
+                "spec.storage": {"uri": f"{s3_bucket}/refused", "endpointUrl": proxy.endpoint, "region": REGION},
+            },
+        )
+        with dsft.start("run", "-f", dsft.write(manifest), "--runtime", "torchrun", "-o", "json") as running:
+            running.until(lambda: progress(dsft).get("checkpoints", {}).get("failures") == 1)
+            told = progress(dsft)
+            ended = running.wait()
+    assert ended.code == ExitCode.OK, ended.text
+    assert "AccessDenied: not now" in told["checkpoints"]["failure"]
+    status = json.loads(ended.out)["status"]
+    assert len(status["attempts"]) == 1
+    assert [commit["step"] for commit in status["checkpoints"]["retained"]] == [4, 6, 8]
+    assert "failures" not in status["checkpoints"]
+    assert status["checkpoints"]["blockedSeconds"] > 0.5, "the last save did not wait for the one before it"
+    # What arrived of the skipped one is gone.
+    listed = s3_server.client().list_objects_v2(Bucket=s3_bucket.removeprefix("s3://"), Prefix="refused/")["Contents"]
+    assert not [entry["Key"] for entry in listed if "step-00000002-" in entry["Key"]]
 
 
 def test_a_key_that_may_only_read_is_refused_before_anything_starts(

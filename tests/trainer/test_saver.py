@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from tests.s3_server import S3Server
 from tests.trainer.test_checkpointer import State
 
 PLACE = Place(rank=0, world_size=1, local_rank=0)
+EVERY_THREE_STEPS = Cadence(every_steps=3)
 PATIENCE_SECONDS = 60.0
 
 
@@ -61,7 +63,7 @@ class Clock:
 class Start:
     """A group start with a saver, and a state that tells its step."""
 
-    def __init__(self, store: Store, scratch: Path, cadence: Cadence = Cadence(every_steps=3), **more: object) -> None:
+    def __init__(self, store: Store, scratch: Path, cadence: Cadence = EVERY_THREE_STEPS, **more: Any) -> None:
         identity = Identity(spec_hash="sha256:0", zero_stage=3, precision="fp32", versions={"torch": "2"})
         self.checkpointer = Checkpointer(store, PLACE, scratch, identity, Retention(10, 0, "loss", False))
         self.checkpointer.begin(1)
