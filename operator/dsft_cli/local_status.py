@@ -123,7 +123,7 @@ def _conditions(
         ConditionType.CHECKPOINT_AVAILABLE,
         latest is not None,
         Reason.COMMITTED if latest else Reason.NO_CHECKPOINT,
-        f"step {latest.step}" if latest else "",
+        progress.checkpoints.summary if progress.checkpoints else "",
     )
 
 

@@ -9,11 +9,12 @@ from datetime import UTC, datetime
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 
 from dsft_api.progress import Progress, TrainerPhase
-from dsft_api.status import CheckpointRef
+from dsft_api.status import CheckpointRef, Checkpoints
 
 LINE_SECONDS = 10.0
 
@@ -34,6 +35,7 @@ class View:
         self._task: TaskID = self._bar.add_task("starting", total=None, text="")
         self._phase: TrainerPhase | None = None
         self._checkpoints: set[str] = set()
+        self._failed_saves: int | None = None
         self._evaluated = 0
         self._printed = 0.0
 
@@ -70,7 +72,12 @@ class View:
             self.say(f"[cyan]evaluation[/] at step {evaluation.step}: {values}")
 
     def _show_checkpoints(self, progress: Progress) -> None:
-        for checkpoint in progress.checkpoints.retained if progress.checkpoints else ():
+        checkpoints = progress.checkpoints or Checkpoints()
+        if checkpoints.failures != self._failed_saves:
+            self._failed_saves = checkpoints.failures
+            if checkpoints.failures:
+                self.say(f"[red]checkpoint failed[/], training goes on: {escape(checkpoints.failure or '')}")
+        for checkpoint in checkpoints.retained:
             if checkpoint.uri not in self._checkpoints:
                 self._checkpoints.add(checkpoint.uri)
                 if checkpoint.step > progress.from_step:

@@ -23,7 +23,7 @@ from tests.s3_server import S3Server
 
 ROOT = Path(__file__).parents[2]
 RANKS = 2
-STEPS_BEFORE, STEPS_AFTER = 3, 3
+STEPS_BEFORE, STEPS_AFTER = 3, 2
 GOAL_RATIO, GOAL_FACTOR, GOAL_ALLOWANCE = 20.0, 1.5, 0.150
 DEADLINE = 1800.0
 

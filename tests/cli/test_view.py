@@ -55,6 +55,18 @@ def test_each_checkpoint_is_one_line() -> None:
     assert found == [f"checkpoint step {step} (1.4 MB) file:///runs/checkpoints/step-{step}" for step in (6, 12, 18)]
 
 
+def test_a_save_that_failed_is_told_once() -> None:
+    failed = Checkpoints(failures=1, failure="StorageDenied: cannot write s3://x [now]")
+    lines = printed(
+        told(step=6, checkpoints=failed),
+        told(step=7, checkpoints=failed),
+        told(step=12, checkpoints=kept(12)),
+        told(step=18, checkpoints=failed),
+    )
+    line = "checkpoint failed, training goes on: StorageDenied: cannot write s3://x [now]"
+    assert [told for told in lines if told.startswith("checkpoint failed")] == [line, line]
+
+
 def test_checkpoints_from_before_a_resume_are_no_news() -> None:
     lines = printed(told(TrainerPhase.LOADING, from_step=6, checkpoints=kept(3, 6)), told(step=7, from_step=6))
     assert "resuming from step 6" in lines

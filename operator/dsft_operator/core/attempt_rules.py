@@ -221,13 +221,14 @@ def _told(seen: Observed, job: RayJob | None, progress: Progress | None) -> dict
 
 def _facts(status: FineTuneStatus, told: dict[str, Any]) -> dict[ConditionType, Fact | None]:
     checkpoints = told.get("checkpoints") or status.checkpoints
+    summary = checkpoints.summary if checkpoints is not None else ""
     latest = checkpoints.latest if checkpoints is not None else None
     return {
         ConditionType.CLUSTER_READY: _READY,
         ConditionType.JOB_SUBMITTED: Fact(value=True, reason=Reason.SUBMITTED),
-        ConditionType.CHECKPOINT_AVAILABLE: Fact(value=True, reason=Reason.COMMITTED, message=f"step {latest.step}")
+        ConditionType.CHECKPOINT_AVAILABLE: Fact(value=True, reason=Reason.COMMITTED, message=summary)
         if latest
-        else Fact(value=False, reason=Reason.NO_CHECKPOINT),
+        else Fact(value=False, reason=Reason.NO_CHECKPOINT, message=summary),
     }
 
 

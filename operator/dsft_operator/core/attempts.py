@@ -57,7 +57,7 @@ def followed(status: FineTuneStatus, progress: Progress | None) -> dict[str, Any
         "progress": progress.progress,
         "evaluation": progress.evaluation,
         # A trainer that has not listed the commits yet does not unmake them.
-        "checkpoints": told if told is not None and told.latest is not None else None,
+        "checkpoints": told if told is not None and (told.latest is not None or told.failures) else None,
         "output": progress.output,
         "resolved": pinned(status, progress),
     }

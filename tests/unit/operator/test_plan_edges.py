@@ -291,6 +291,24 @@ def test_commits_are_not_unmade_by_a_trainer_that_has_not_listed_them_yet() -> N
     assert (available.status, available.message) == ("True", "step 50")
 
 
+@pytest.mark.parametrize(
+    ("step", "status", "message"),
+    [
+        (50, "True", "step 50; saves that failed since: 2; StorageDenied: no"),
+        (0, "False", "saves that failed since: 2; StorageDenied: no"),
+    ],
+)
+def test_saves_that_fail_are_told_beside_the_last_commit(step: int, status: str, message: str) -> None:
+    document = told(TrainerPhase.TRAINING, step=60, committed=step)
+    assert document.checkpoints is not None
+    failing = document.checkpoints.model_copy(update={"failures": 2, "failure": "StorageDenied: no"})
+    document = document.model_copy(update={"checkpoints": failing})
+    seen, _ = after(replace(submitted(), job=job("RUNNING"), progress=document))
+    available = condition_of(seen.run.status, ConditionType.CHECKPOINT_AVAILABLE)
+    assert available is not None
+    assert (available.status, available.message) == (status, message)
+
+
 def test_a_suspension_by_the_user_costs_no_retry() -> None:
     seen, _ = after(replace(edited(submitted(), SUSPEND), job=job("STOPPED")))
     assert ended_by(seen).failure_class is FailureClass.PREEMPTED
