@@ -10,7 +10,7 @@ from datetime import datetime
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from dsft_api.conditions import Phase
+from dsft_api.conditions import WAITS, ConditionType, Phase
 from dsft_api.status import FineTuneStatus
 from dsft_operator.config import OperatorConfig
 from dsft_operator.core import decision as do
@@ -18,6 +18,7 @@ from dsft_operator.core.naming import cluster_name
 from dsft_operator.core.observed import Cluster, Ended, Head, Observed, RayJob, Run, Unknown
 from dsft_operator.core.plan import plan
 from dsft_operator.core.refusals import refusal
+from dsft_operator.core.summary import condition_of
 from dsft_operator.ports import Clock, Conflict, Key, Kube, KubeError, KubeRayMissing, RayError, RayJobs
 from dsft_operator.runtime.logs import also
 
@@ -168,7 +169,11 @@ class Reconciler:
     async def _observe_ray(self, seen: Observed, cluster: Cluster) -> Observed:
         if not cluster.head_ready or cluster.head_address is None:
             return replace(seen, head=Unknown(cluster.head_message or "the head pod is not ready"))
-        address, token = cluster.head_address, await self._kube.token(cluster.uid)
+        address = cluster.head_address
+        try:
+            token = await self._kube.token(cluster.uid)
+        except KubeError as error:
+            return replace(seen, head=Unknown(f"the root key of the Ray tokens cannot be read: {error}"))
         head = await self._ray.head(address, token)
         seen = replace(seen, head=head)
         job = seen.run.status.job
@@ -214,14 +219,21 @@ class Reconciler:
             log.warning("the driver could not be asked to stop: %s", error)
 
     async def _tell(self, run: Run, status: FineTuneStatus) -> None:
-        """An Event when the phase changes: the message says why. One that cannot be posted is no reason to stop."""
-        if status.phase is run.status.phase or status.phase is None:
+        """An Event when the phase or its reason changes. One that cannot be posted is no reason to stop."""
+        reason, before = (_reason(known) for known in (status, run.status))
+        if status.phase is None or (status.phase is run.status.phase and reason == before):
             return
-        kind = "Warning" if status.phase is Phase.FAILED else "Normal"
+        told = str(status.phase) if status.phase is not run.status.phase else reason
+        kind = "Warning" if status.phase is Phase.FAILED or WAITS.get(reason) else "Normal"
         try:
-            await self._kube.event(run, kind, str(status.phase), status.message or str(status.phase))
+            await self._kube.event(run, kind, told, status.message or told)
         except (Conflict, KubeError) as error:
             log.debug("event not posted: %s", error)
+
+
+def _reason(status: FineTuneStatus) -> str:
+    ready = condition_of(status, ConditionType.READY)
+    return ready.reason if ready is not None else ""
 
 
 def _older(since: datetime | None, now: datetime) -> bool:

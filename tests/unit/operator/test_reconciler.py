@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dsft_api.conditions import FailureClass, Phase
-from dsft_operator.core.observed import Queueing, Warned
+from dsft_operator.core.observed import Pod, Queueing, Warned
 from tests.unit.operator.situations import CONFIG, NOW, UID
 from tests.unit.operator.world import KEY, PASSES, World, settle, without_times
 
@@ -262,6 +262,44 @@ def test_what_kuberay_refuses_is_read_from_its_events(*, may: bool) -> None:
     world.tick(10)
     asyncio.run(operator.reconcile(KEY))
     assert ("InvalidRayClusterSpec: no containers" in (world.seen_status.message or "")) is may
+
+
+def test_events_tell_the_transitions_once() -> None:
+    world = World()
+    operator = world.reconciler()
+    asyncio.run(operator.reconcile(KEY))
+    world.pods = (Pod("chat-gpu-1", "worker", "gpu", waiting=("ImagePullBackOff", "not found")),)
+    for _ in range(5):
+        asyncio.run(operator.reconcile(KEY))
+    world.pods = ()
+    settle(world)
+    assert world.events == [
+        ("Normal", "Provisioning"),
+        ("Warning", "ImagePull"),
+        ("Normal", "Provisioning"),
+        ("Normal", "Starting"),
+        ("Normal", "Running"),
+        ("Normal", "Succeeded"),
+    ]
+
+
+def test_events_that_cannot_be_posted_stop_nothing() -> None:
+    world = World(refused={"Event of ours": "events is forbidden"})
+    settle(world)
+    assert world.seen_status.phase is Phase.SUCCEEDED
+
+
+def test_a_root_key_that_cannot_be_read_is_told() -> None:
+    world = World()
+    run_until(world, Phase.RUNNING)
+    world.refused["root key"] = "secrets is forbidden"
+    asyncio.run(world.reconciler().reconcile(KEY))
+    assert "root key" in (world.seen_status.message or "")
+    assert "secrets is forbidden" in (world.seen_status.message or "")
+    world.refused.clear()
+    settle(world)
+    assert world.seen_status.phase is Phase.SUCCEEDED
+    assert world.submissions == ["0a1b2c3d-a1"]
 
 
 def test_two_writes_until_the_cluster_exists() -> None:

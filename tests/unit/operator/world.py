@@ -81,6 +81,7 @@ class World:
     api_down: bool = False
     ray_down: bool = False
     pods: tuple[Pod, ...] = ()
+    events: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     zombie_reads: int = 0  # so many reads of the progress show the document of an earlier attempt
     generous: bool = False  # the queue gives nodes to whoever asks
     exports: int = 0  # looks that an export takes
@@ -339,6 +340,7 @@ class FakeKube:
         self._write(effect)
 
     async def token(self, cluster_uid: str) -> str:
+        self._may("root key")
         return ray_token(b"root", cluster_uid)
 
     async def delete_cluster(self, key: Key, name: str, uid: str) -> None:
@@ -369,7 +371,8 @@ class FakeKube:
         self._write(effect)
 
     async def event(self, run: Run, kind: str, reason: str, message: str) -> None:
-        return
+        self._may("Event of ours")
+        self._world.events.append((kind, reason))
 
     def _precondition(self, version: str) -> None:
         if version != str(self._world.version) or self._world.gone:
