@@ -26,7 +26,7 @@ from dsft_operator.ports import Key, KubeError, KubeRayMissing
 from dsft_operator.runtime.health import Health
 from dsft_operator.runtime.http import application
 from dsft_operator.runtime.kopf_bridge import EventSource
-from dsft_operator.runtime.reconciler import Reconciler
+from dsft_operator.runtime.reconciler import Evidence, Reconciler
 from dsft_operator.runtime.workers import resync, work
 from dsft_operator.runtime.workqueue import WorkQueue
 
@@ -59,7 +59,7 @@ async def run(config: OperatorConfig) -> None:
         ray = RayJobsHttp(session, config.ray.dashboard_port, config.ray.request_timeout_seconds)
         reconciler = Reconciler(kube, ray, SystemClock(), config)
         health = Health(config.intervals.resync_seconds)
-        watches = Watches(config, queue, kube, health)
+        watches = Watches(config, queue, kube, health, reconciler.evidence)
         await stack.enter_async_context(_Server(application(health.problems, watches.obstacles), config.http_port))
         chance = random.Random()  # noqa: S311  jitter, no secret
         tasks = [
@@ -84,11 +84,14 @@ async def run(config: OperatorConfig) -> None:
 class Watches:
     """The event source, begun anew when KubeRay's API comes or goes."""
 
-    def __init__(self, config: OperatorConfig, queue: WorkQueue, kube: KubeApi, health: Health) -> None:
+    def __init__(
+        self, config: OperatorConfig, queue: WorkQueue, kube: KubeApi, health: Health, evidence: Evidence
+    ) -> None:
         self._config = config
         self._queue = queue
         self._kube = kube
         self._health = health
+        self._evidence = evidence
         self._source: EventSource | None = None
 
     def obstacles(self) -> Iterator[str]:
@@ -102,7 +105,7 @@ class Watches:
             installed = await self._has_kuberay()
             if not installed:
                 log.warning("KubeRay is not installed: waiting for its API")
-            self._source = EventSource(self._config, self._queue, self._health, with_kuberay=installed)
+            self._source = EventSource(self._config, self._queue, self._health, self._evidence, with_kuberay=installed)
             task = asyncio.create_task(self._source.run())
             try:
                 while await self._has_kuberay() == installed:

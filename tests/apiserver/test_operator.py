@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,28 @@ def test_a_lost_head_is_another_attempt_on_the_same_cluster(scene: Scene, kubera
     attempts = scene.status()["attempts"]
     assert [(a["number"], a.get("class")) for a in attempts] == [(1, "HeadLost"), (2, None)]
     assert scene.status()["rayCluster"]["uid"] == before["metadata"]["uid"]
+
+
+def test_how_a_pod_ended_is_kept_though_the_pod_is_gone(scene: Scene, kuberay: None) -> None:
+    scene.head.hold = True
+    scene.operator.start()
+    scene.apply()
+    scene.until("running", lambda: (scene.status().get("job") or {}).get("state") == "RUNNING")
+    core, namespace = CoreV1Api(scene.api.client), scene.runs.namespace
+    pod = core.list_namespaced_pod(namespace, label_selector="ray.io/node-type=worker").items[0].metadata.name
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    end = {"reason": "OOMKilled", "exitCode": 137, "finishedAt": now, "startedAt": now, "message": "step 7"}
+    image = {"image": "x", "imageID": "", "ready": False, "restartCount": 0}
+    ended = {"name": "ray-worker", "state": {"terminated": end}, **image}
+    core.patch_namespaced_pod_status(pod, namespace, {"status": {"containerStatuses": [ended]}})
+    core.delete_namespaced_pod(pod, namespace, grace_period_seconds=0)
+    with scene.head.lock:
+        scene.head.jobs = dict.fromkeys(scene.head.jobs, "FAILED")
+    scene.until("ended", lambda: scene.status()["attempts"][0].get("endTime"))
+    attempt = scene.status()["attempts"][0]
+    assert attempt["class"] == "HostOOM"
+    assert f"worker {pod} on" in attempt["message"]
+    assert "OOMKilled, exit code 137: step 7" in attempt["message"]
 
 
 def test_words_that_yaml_cannot_hold_reach_the_status(scene: Scene, kuberay: None) -> None:

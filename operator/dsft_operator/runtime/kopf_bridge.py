@@ -1,4 +1,4 @@
-"""Kopf as the source of events: the only importer of kopf. A handler does one thing, adding a key to the queue.
+"""Kopf as the source of events: the only importer of kopf. A handler adds a key to the queue; that of pods also notes ends.
 
 Kopf here writes nothing: no annotations, no finalizers, no progress. It ends at errors that a watch should outlive, so it is
 started again, with a pause, for as long as the operator lives.
@@ -14,10 +14,12 @@ from typing import Any
 import kopf
 
 from dsft_api import KIND
+from dsft_operator.adapters.reading import pod_of
 from dsft_operator.config import OperatorConfig
 from dsft_operator.core import naming
 from dsft_operator.ports import Key
 from dsft_operator.runtime.health import Health
+from dsft_operator.runtime.reconciler import Evidence
 from dsft_operator.runtime.workqueue import WorkQueue
 
 log = logging.getLogger(__name__)
@@ -40,10 +42,13 @@ class _EndlessBackoff:
 class EventSource:
     """Feeds a queue from watches, and says how they are."""
 
-    def __init__(self, config: OperatorConfig, queue: WorkQueue, health: Health, *, with_kuberay: bool) -> None:
+    def __init__(
+        self, config: OperatorConfig, queue: WorkQueue, health: Health, evidence: Evidence, *, with_kuberay: bool
+    ) -> None:
         self._config = config
         self._queue = queue
         self._health = health
+        self._evidence = evidence
         self._with_kuberay = with_kuberay
         self.is_watching = False
 
@@ -77,7 +82,7 @@ class EventSource:
     def _registry(self) -> kopf.OperatorRegistry:
         registry = kopf.OperatorRegistry()
         kopf.on.login(registry=registry)(_login)
-        queue, health = self._queue, self._health
+        queue, health, evidence = self._queue, self._health, self._evidence
 
         @kopf.on.event("dsft.dev", "v1alpha1", "deepspeedfinetunes", registry=registry)
         async def on_run(namespace: str | None, name: str | None, meta: Json, **_: Any) -> None:
@@ -90,7 +95,14 @@ class EventSource:
             if namespace and name:
                 queue.add(Key(namespace, name))
 
-        kopf.on.event("pods", labels=SELECTOR, registry=registry)(on_part)
+        @kopf.on.event("pods", labels=SELECTOR, registry=registry)
+        async def on_pod(namespace: str | None, labels: Json, meta: Json, body: Json, **_: Any) -> None:
+            await on_part(namespace, labels, meta)
+            name = run_name(labels, meta)
+            if namespace and name:
+                # KubeRay deletes a failed pod at once: the pass that this brings may come too late to see it.
+                evidence.add(Key(namespace, name), pod_of(body).ended)
+
         if self._with_kuberay:
             kopf.on.event("ray.io", "v1", "rayclusters", labels=SELECTOR, registry=registry)(on_part)
         return registry

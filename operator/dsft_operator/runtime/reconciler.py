@@ -121,8 +121,6 @@ class Reconciler:
         if decision.status is not None and decision.status.to_wire() != run.status.to_wire():
             await self._kube.apply_status(run, decision.status, version)
             await self._tell(run, decision.status)
-            if decision.status.completion_time is not None:
-                self.evidence.forget(key)
         return decision.requeue_after
 
     async def _observe(self, key: Key, run: Run) -> Observed:
@@ -133,13 +131,15 @@ class Reconciler:
         except KubeRayMissing:
             return Observed(run, kuberay_installed=False)
         seen = Observed(run, cluster=cluster)
+        if run.status.completion_time is not None:
+            # Its pods still tell how they end, to nobody.
+            self.evidence.forget(key)
+            return seen
         if cluster is None or not cluster.owned:
             return seen
         pods = await self._kube.pods(key, name)
         evidence = self.evidence.add(key, tuple(ended for pod in pods for ended in pod.ended))
         seen = replace(seen, pods=pods, evidence=evidence)
-        if run.status.completion_time is not None:
-            return seen
         seen = await self._observe_words(key, seen, cluster)
         # Before our own uid is in the status, the token was not made and nobody could answer.
         if known is None or known.uid != cluster.uid:
@@ -219,12 +219,13 @@ class Reconciler:
             log.warning("the driver could not be asked to stop: %s", error)
 
     async def _tell(self, run: Run, status: FineTuneStatus) -> None:
-        """An Event when the phase or its reason changes. One that cannot be posted is no reason to stop."""
+        """An Event for each new phase, and for a new reason that calls for somebody. Not posted is no reason to stop."""
         reason, before = (_reason(known) for known in (status, run.status))
-        if status.phase is None or (status.phase is run.status.phase and reason == before):
+        is_new, is_trouble = status.phase is not run.status.phase, bool(WAITS.get(reason))
+        if status.phase is None or not (is_new or (is_trouble and reason != before)):
             return
-        told = str(status.phase) if status.phase is not run.status.phase else reason
-        kind = "Warning" if status.phase is Phase.FAILED or WAITS.get(reason) else "Normal"
+        told = str(status.phase) if is_new else reason
+        kind = "Warning" if status.phase is Phase.FAILED or is_trouble else "Normal"
         try:
             await self._kube.event(run, kind, told, status.message or told)
         except (Conflict, KubeError) as error:

@@ -276,7 +276,6 @@ def test_events_tell_the_transitions_once() -> None:
     assert world.events == [
         ("Normal", "Provisioning"),
         ("Warning", "ImagePull"),
-        ("Normal", "Provisioning"),
         ("Normal", "Starting"),
         ("Normal", "Running"),
         ("Normal", "Succeeded"),
