@@ -137,8 +137,7 @@ def test_a_new_token_goes_on_once_the_key_is_right(shared_tenant: Tenant, assets
 def test_pods_that_never_start(shared_tenant: Tenant, row: Never) -> None:
     """The wait is explained in the words of who says no; the deadline ends it, and the words stay."""
     tenant, name = shared_tenant, row.name
-    tenant.until(f"{name} is Failed", lambda: tenant.status(name).phase is Phase.FAILED)
-    status = tenant.status(name)
+    status = tenant.until_phase(name, Phase.FAILED)
     ready, why = condition_of(status, ConditionType.CLUSTER_READY), _why(status)
     assert ready is not None
     assert (ready.status, ready.reason) == ("False", row.waits)
@@ -152,8 +151,7 @@ def test_pods_that_never_start(shared_tenant: Tenant, row: Never) -> None:
 
 
 def _assert_failed(tenant: Tenant, row: Fails) -> None:
-    tenant.until(f"{row.name} is Failed", lambda: tenant.status(row.name).phase is Phase.FAILED)
-    status = tenant.status(row.name)
+    status = tenant.until_phase(row.name, Phase.FAILED)
     why = _why(status)
     assert why.reason == row.failure
     for words in row.words:

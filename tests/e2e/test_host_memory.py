@@ -9,7 +9,7 @@ from tests.e2e.tenant import START_SECONDS, Tenant, condition_of
 pytestmark = pytest.mark.long
 
 # Ray's own processes fit in; a rank with torch in it does not.
-TOO_SMALL = "900Mi"
+TOO_SMALL = "700Mi"
 NAME = "hungry"
 # Ray's memory monitor looks four times a second; 0 leaves the matter to the kernel.
 WAYS = {"memory-monitor": {}, "kernel": {"spec.env": [{"name": "RAY_memory_monitor_refresh_ms", "value": "0"}]}}
@@ -20,8 +20,7 @@ def test_out_of_host_memory(tenant: Tenant, assets: Assets, way: str) -> None:
     """Tried once more, since a neighbour may have been the cause; then Failed, with where to give more."""
     pools = [pool("small", 1, resources={"limits": {"memory": TOO_SMALL}})]
     tenant.apply(tiny_run(NAME, assets, steps=6, nodes=1, edits={"spec.nodePools": pools, **WAYS[way]}))
-    tenant.until("it is Failed", lambda: tenant.status(NAME).phase is Phase.FAILED, 2 * START_SECONDS)
-    status = tenant.status(NAME)
+    status = tenant.until_phase(NAME, Phase.FAILED, 2 * START_SECONDS)
     assert [attempt.failure_class for attempt in status.attempts] == [FailureClass.HOST_OOM] * 2
     succeeded = condition_of(status, ConditionType.SUCCEEDED)
     assert succeeded is not None
