@@ -91,7 +91,9 @@ def failing(bucket: Bucket) -> dict[str, Fails]:
             {
                 "spec.program": {"entrypoint": "json:loads", "config": {}},
                 "spec.execution": {"device": "cpu"},
-                **dict.fromkeys(f"spec.{part}" for part in ("model", "data", "training", "checkpoint", "tracking")),
+                **dict.fromkeys(
+                    f"spec.{part}" for part in ("model", "data", "training", "evaluation", "checkpoint", "tracking")
+                ),
             },
         ),
     )
