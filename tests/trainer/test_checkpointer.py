@@ -82,7 +82,11 @@ class Start:
         self.state.value = f"step {step} of {self.checkpointer.claim}"
         metrics = {} if loss is None else {"loss": loss}
         point = Point(step, samples=8 * step, epoch=step / 10, metrics=metrics)
-        return self.checkpointer.save(self.state, point).name
+        self.checkpointer.start(self.state, point)
+        outcome = self.checkpointer.settle()
+        if isinstance(outcome, TrainerError):
+            raise outcome
+        return outcome.name
 
 
 def folders(store: Store) -> set[str]:

@@ -181,7 +181,10 @@ class Checkpointer:
         self._task = Task(lambda: self._save(staged, draft), name=name)
 
     def settle(self) -> Commit | TrainerError:
-        """Wait for the save's end, and apply the retention policy; its commit, or why there is none, on all ranks."""
+        """Wait for the save's end; its commit, or why there is none, on all ranks.
+
+        HeadLost means that a newer group start has claimed the run: this one is a zombie and must stop.
+        """
         if self._task is None:
             raise RuntimeError("no save was started")
         task, self._task = self._task, None
@@ -191,19 +194,6 @@ class Checkpointer:
         else:
             self._doomed.add(task.name)
         return outcome or TrainerError(FailureClass.UNKNOWN, "the save ended without a word")
-
-    def save(self, shards: Shards, point: Point) -> Commit:
-        """`start` and `settle`.
-
-        Raises:
-            TrainerError: what kept it from being committed; HeadLost if a newer group start has claimed the run: this one
-                is a zombie and must stop.
-        """
-        self.start(shards, point)
-        outcome = self.settle()
-        if isinstance(outcome, TrainerError):
-            raise outcome
-        return outcome
 
     def close(self, seconds: float) -> None:
         """Give a save that is on its way so long to end. Not collective: for the end of a rank, however it ends."""
