@@ -235,7 +235,7 @@ def test_defaults_stand_where_gitops_tools_see_no_drift(schema):
 def test_default_that_is_not_set_is_told(schema):
     described = {path: node.get("description", "") for path, node in nodes(schema)}
     assert described[".spec.nodePools[].gpusPerNode"].endswith(" Default: 0.")
-    assert described[".spec.nodePools[].avoidFailedNodes"].endswith(" Default: true.")
+    assert described[".spec.nodePools[].avoidFailedNodes"].endswith(" Default: false.")
     assert described[".spec.training.optimizer.betas"].endswith(" Default: 0.9, 0.999.")
 
 
