@@ -14,6 +14,7 @@ import secrets
 from collections.abc import Awaitable
 from typing import Any, TypeVar, cast
 
+import aiohttp
 from kubernetes.aio import client
 from kubernetes.aio.client.exceptions import ApiException
 
@@ -38,6 +39,8 @@ MERGE = "application/merge-patch+json"
 TIMEOUT_SECONDS = 20.0
 PAGE = 500
 WARNINGS = 100
+# aiohttp's errors are OSErrors only in part: a connection that the server closes, as at its restart, is none.
+_SILENCE = (TimeoutError, OSError, aiohttp.ClientError)
 T = TypeVar("T")
 
 
@@ -92,7 +95,7 @@ class KubeApi:
             if name not in (error.body or ""):
                 raise KubeRayMissing("no RayCluster API") from error
             return None
-        except (TimeoutError, OSError) as error:
+        except _SILENCE as error:
             raise KubeError(f"the API server did not answer: {error!r}") from error
         return cluster_of(cast("dict[str, Any]", raw), run_uid)
 
@@ -103,7 +106,7 @@ class KubeApi:
                 key.namespace, label_selector=f"ray.io/cluster={cluster}", _request_timeout=TIMEOUT_SECONDS
             )
         )
-        raw = json.loads(await response.read())
+        raw = json.loads(await _done(response.read()))
         if response.status != 200:
             raise KubeError(f"pods cannot be listed: {raw.get('message')}")
         return tuple(pod_of(item) for item in raw["items"])
@@ -123,7 +126,7 @@ class KubeApi:
                 if error.status != 404:
                     raise _refused(error) from error
                 continue
-            except (TimeoutError, OSError) as error:
+            except _SILENCE as error:
                 raise KubeError(f"the API server did not answer: {error!r}") from error
             workloads = cast("dict[str, Any]", listed)["items"]
             return kueue.queueing_of(workloads[0]) if workloads else None
@@ -138,7 +141,7 @@ class KubeApi:
                 _request_timeout=TIMEOUT_SECONDS,
             )
         )
-        raw = json.loads(await response.read())
+        raw = json.loads(await _done(response.read()))
         if response.status != 200:
             raise KubeError(f"events cannot be listed: {raw.get('message')}")
         return warnings_of(raw["items"])
@@ -207,7 +210,7 @@ class KubeApi:
         except ApiException as error:
             if error.status not in (404, 409):  # gone, or another one has its name
                 raise _refused(error) from error
-        except (TimeoutError, OSError) as error:
+        except _SILENCE as error:
             raise KubeError(f"the API server did not answer: {error!r}") from error
 
     async def set_finalizer(self, run: Run, *, present: bool) -> str:
@@ -319,7 +322,7 @@ async def _done(call: Awaitable[T]) -> T:
         if error.status == 409:
             raise Conflict(_words(error)) from error
         raise _refused(error) from error
-    except (TimeoutError, OSError) as error:
+    except _SILENCE as error:
         raise KubeError(f"the API server did not answer: {error!r}") from error
 
 
@@ -330,7 +333,7 @@ async def _found(call: Awaitable[T]) -> T | None:
         if error.status == 404:
             return None
         raise _refused(error) from error
-    except (TimeoutError, OSError) as error:
+    except _SILENCE as error:
         raise KubeError(f"the API server did not answer: {error!r}") from error
 
 
