@@ -116,6 +116,10 @@ bench: venv ## Start-up and steady state against bare torchrun and DeepSpeed; mi
 bench-checkpoint: venv ## What a checkpoint costs training, against the synchronous way and a plain copy; minutes, wants an idle machine
 	$(BIN)/python -m tests.bench.checkpoint
 
+.PHONY: bench-operator
+bench-operator: venv ## The operator on a real API server: delays, requests, CPU and memory per resource, a restart; wants an idle machine
+	$(BIN)/python -m tests.bench.operator
+
 .PHONY: clean
 clean: ## Remove the environment and what was built; runs/ stays
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
