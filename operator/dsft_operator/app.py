@@ -19,7 +19,7 @@ from kubernetes.aio import config as kube_config
 from prometheus_client import Gauge
 
 from dsft_operator.adapters.kube import KubeApi
-from dsft_operator.adapters.kube_requests import bounded
+from dsft_operator.adapters.kube_requests import bounded, environment_proxy
 from dsft_operator.adapters.ray_jobs import RayJobsHttp
 from dsft_operator.config import OperatorConfig
 from dsft_operator.ports import Key, KubeError, KubeRayMissing
@@ -51,7 +51,7 @@ async def run(config: OperatorConfig) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopped.set)
     async with AsyncExitStack() as stack:
-        api = await stack.enter_async_context(client.ApiClient(await _kube_configuration(config)))
+        api = await stack.enter_async_context(client.ApiClient(await kube_configuration(config)))
         session = await stack.enter_async_context(aiohttp.ClientSession())
         kube = KubeApi(api, config)
         queue = WorkQueue()
@@ -147,8 +147,12 @@ class _Server:
         await self._runner.cleanup()
 
 
-async def _kube_configuration(config: OperatorConfig) -> client.Configuration:
+async def kube_configuration(config: OperatorConfig) -> client.Configuration:
+    """How the API server is reached: as a pod, else by the kubeconfig."""
     configuration = client.Configuration()
     configuration.trace_configs = [bounded(config.client)]
     await kube_config.load_config(client_configuration=configuration)
+    configuration.proxy = configuration.proxy or environment_proxy(configuration.host)
+    # Else aiohttp looks for a proxy and a .netrc file before each request, in a thread.
+    configuration.client_session_kwargs = {"trust_env": False}
     return configuration

@@ -4,6 +4,8 @@ A hook of aiohttp, so that no call can miss it. Kopf's watches have a client of 
 """
 
 from types import SimpleNamespace
+from urllib.parse import urlsplit
+from urllib.request import getproxies_environment, proxy_bypass_environment
 
 import aiohttp
 from aiolimiter import AsyncLimiter
@@ -37,3 +39,9 @@ def bounded(limits: ClientLimits) -> aiohttp.TraceConfig:
     trace.on_request_end.append(answered)
     trace.on_request_exception.append(failed)
     return trace
+
+
+def environment_proxy(url: str) -> str | None:
+    """The proxy that HTTPS_PROXY and the like name for `url`, unless NO_PROXY excepts it."""
+    parts = urlsplit(url)
+    return None if proxy_bypass_environment(parts.netloc) else getproxies_environment().get(parts.scheme)
