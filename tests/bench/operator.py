@@ -54,20 +54,27 @@ PER_RUN_SECONDS = 1.0  # bound on waits, on a busy machine
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the table; `goal` is an upper bound, None where there is none."""
+    """One line of the table; `goal` is None where there is none."""
 
     name: str
     value: float
     unit: str
     goal: float | None = None
     label: str = ""
+    at_least: bool = False
 
     @property
     def met(self) -> bool | None:
-        return None if self.goal is None else self.value <= self.goal
+        if self.goal is None:
+            return None
+        return self.value >= self.goal if self.at_least else self.value <= self.goal
 
     def __str__(self) -> str:
-        verdict = "" if self.met is None else f"  {self.label} <= {self.goal:g}: {'met' if self.met else 'MISSED'}"
+        verdict = (
+            ""
+            if self.met is None
+            else f"  {self.label} {'>=' if self.at_least else '<='} {self.goal:g}: {'met' if self.met else 'MISSED'}"
+        )
         return f"{self.name:<66} {self.value:>9.2f} {self.unit:<6}{verdict}"
 
 
@@ -188,7 +195,7 @@ class Bench:
         median, worst = quantiles(self.watch.delays(names))
         self.note(f"apply to RayCluster, {count} at once, p50", median, "ms")
         self.note(f"apply to RayCluster, {count} at once, p99", worst, "ms", 1000, "O3")
-        self.note(f"RayClusters made, {count} at once", count / took, "1/s")
+        self.note(f"RayClusters made, {count} at once", count / took, "1/s", 700, "O1", True)
         first = sum(self.watch.run(name).first_statuses for name in names)
         writes = (requests["POST", "rayclusters"] + first) / count
         self.note("writes per resource until the first status (child, status)", writes, "", 2, "O1")
@@ -202,19 +209,24 @@ class Bench:
 
     async def run_all(self) -> None:
         """Play KubeRay: each RayCluster is ready, and the operator submits its job."""
-        begin = time.monotonic()
         ready = {"status": ready_status()}
+        clusters = await self.api.items(CLUSTERS.format(WATCHED))
+        owners = {each["metadata"]["name"]: each["metadata"]["ownerReferences"][0]["name"] for each in clusters}
 
         async def make_ready(name: str) -> None:
+            self.watch.run(owners[name]).ready = time.monotonic()
             path = f"{CLUSTERS.format(WATCHED)}/{name}/status"
             await self.api.send("PATCH", path, ready, kind="application/merge-patch+json")
 
-        clusters = await self.api.items(CLUSTERS.format(WATCHED))
-        await at_once([cluster["metadata"]["name"] for cluster in clusters], make_ready, CONNECTIONS)
+        await at_once(owners, make_ready, CONNECTIONS)
         names = list(self.watch.runs)
         bound = 60 + PER_RUN_SECONDS * len(names)
         await self.operator.until("all running", lambda: self.watch.running(names), bound)
-        self.note(f"head ready to job running, {len(names)} at once, the last", time.monotonic() - begin, "s")
+        lines = [self.watch.run(name) for name in names]
+        _, told = quantiles([line.told - line.ready for line in lines])
+        _, running = quantiles([line.running - line.ready for line in lines])
+        self.note(f"head ready to the first status that says so, {len(names)} at once, p99", told, "ms", 1000, "O4")
+        self.note(f"head ready to job running in status, {len(names)} at once, p99", running, "ms", 1000, "O3")
 
     async def restart(self) -> None:
         """Killed and started anew while all run: nothing is written."""

@@ -66,18 +66,22 @@ class Api:
         return (await self.send("GET", path))["items"]
 
     async def watch(self, path: str, seen: Callable[[str, Json], None]) -> None:
-        """Tell of each event from now on, until cancelled. A watch that ends by itself is an error."""
+        """Tell of each event from now on, until cancelled: none is lost where the server ends a watch and another begins."""
         version = (await self.send("GET", f"{path}?limit=1"))["metadata"]["resourceVersion"]
-        url = f"{path}?watch=1&resourceVersion={version}&timeoutSeconds=7200"
         timeout = aiohttp.ClientTimeout(total=None)
-        async with self._session.get(url, timeout=timeout) as answer:
-            buffer = b""
-            async for chunk, _ in answer.content.iter_chunks():
-                *lines, buffer = (buffer + chunk).split(b"\n")
-                for line in lines:
-                    event = json.loads(line)
-                    seen(event["type"], event["object"])
-        raise RuntimeError(f"the watch of {path} ended")
+        while True:
+            url = f"{path}?watch=1&resourceVersion={version}&timeoutSeconds=7200"
+            async with self._session.get(url, timeout=timeout) as answer:
+                answer.raise_for_status()
+                buffer = b""
+                async for chunk in answer.content.iter_any():
+                    *lines, buffer = (buffer + chunk).split(b"\n")
+                    for line in lines:
+                        event = json.loads(line)
+                        if event["type"] == "ERROR":
+                            raise RuntimeError(f"the watch of {path} failed: {event['object']}")
+                        version = event["object"]["metadata"]["resourceVersion"]
+                        seen(event["type"], event["object"])
 
     async def requests(self) -> Counter[tuple[str, str]]:
         """Requests that the server has answered so far, by verb and resource: all clients' together."""
@@ -100,6 +104,9 @@ class Timeline:
 
     replied: float = 0.0
     cluster: float = 0.0
+    ready: float = 0.0  # its RayCluster was about to be told ready
+    told: float = 0.0  # the first status after that
+    running: float = 0.0  # its job
     status: Json = field(default_factory=dict[str, Any])
     first_statuses: int = 0  # writes of a status that does not know the cluster's uid yet
 
@@ -116,7 +123,11 @@ class Stopwatch:
     def on_run(self, kind: str, document: Json) -> None:
         line, status = self.run(document["metadata"]["name"]), document.get("status") or {}
         if kind == "MODIFIED" and status != line.status:
+            now = time.monotonic()
             line.first_statuses += "uid" not in status.get("rayCluster", {})
+            line.told = line.told or (now if line.ready else 0.0)
+            if status.get("job", {}).get("state") == "RUNNING":
+                line.running = line.running or now
         line.status = status
 
     def on_cluster(self, kind: str, document: Json) -> None:
@@ -129,7 +140,7 @@ class Stopwatch:
         return all(self.run(name).cluster and self.run(name).status.get("rayCluster", {}).get("uid") for name in names)
 
     def running(self, names: Iterable[str]) -> bool:
-        return all(self.run(name).status.get("job", {}).get("state") == "RUNNING" for name in names)
+        return all(self.run(name).running for name in names)
 
     def delays(self, names: Iterable[str]) -> list[float]:
         """Seconds from the reply to the creation to the RayCluster's event."""
