@@ -118,7 +118,7 @@ bench-checkpoint: venv ## What a checkpoint costs training, against the synchron
 
 .PHONY: bench-operator
 bench-operator: venv ## The operator on a real API server: delays, requests, CPU and memory per resource, a restart; wants an idle machine
-	$(BIN)/python -m tests.bench.operator
+	$(BIN)/python -m tests.bench.operator_scale
 
 .PHONY: clean
 clean: ## Remove the environment and what was built; runs/ stays

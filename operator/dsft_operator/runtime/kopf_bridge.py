@@ -131,6 +131,9 @@ def _settings() -> kopf.OperatorSettings:
     settings.posting.enabled = False
     settings.watching.server_timeout = 290
     settings.watching.client_timeout = 300
+    # By the API server: else every pod of the cluster would come through here.
+    for resource in ("pods", "rayclusters"):
+        settings.watching.label_selectors[resource] = ",".join(f"{name}={value}" for name, value in SELECTOR.items())
     settings.networking.request_timeout = 30
     settings.networking.error_backoffs = _EndlessBackoff()  # pyright: ignore[reportAttributeAccessIssue]
     # Not ours: Kopf takes its finalizer off whatever none of its handlers would block.

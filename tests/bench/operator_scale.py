@@ -1,6 +1,6 @@
 """What the operator costs, on a real API server and etcd: delays, requests, CPU and memory per resource, and a restart.
 
-`python -m tests.bench.operator [--count N] [--output json]`, on an idle machine. No kubelet and no KubeRay: the bench writes the
+`python -m tests.bench.operator_scale [--count N] [--output json]`, on an idle machine. No kubelet, no KubeRay: the bench writes the
 RayClusters' statuses, and one fake Ray head answers for all. The operator has the rights of examples/install/operator.yaml and no
 client-side limit. Exits 1 if a goal is missed.
 """
@@ -353,7 +353,7 @@ async def measured(plane: ControlPlane, folder: Path, count: int) -> list[Figure
 
 def main() -> int:
     """Measure, print the table, judge."""
-    parser = argparse.ArgumentParser(prog="tests.bench.operator", description=__doc__)
+    parser = argparse.ArgumentParser(prog="tests.bench.operator_scale", description=__doc__)
     parser.add_argument("--count", type=int, default=1000, help="resources at once; five times as many for memory")
     parser.add_argument("--output", choices=("text", "json"), default="text")
     arguments = parser.parse_args()
