@@ -5,7 +5,7 @@ A hook of aiohttp, so that no call can miss it. Kopf's watches have a client of 
 
 from types import SimpleNamespace
 from urllib.parse import urlsplit
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 from aiolimiter import AsyncLimiter
@@ -44,4 +44,4 @@ def bounded(limits: ClientLimits) -> aiohttp.TraceConfig:
 def environment_proxy(url: str) -> str | None:
     """The proxy that HTTPS_PROXY and the like name for `url`, unless NO_PROXY excepts it."""
     parts = urlsplit(url)
-    return None if proxy_bypass_environment(parts.netloc) else getproxies_environment().get(parts.scheme)
+    return None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme)
