@@ -1,8 +1,8 @@
 """What the operator costs, on a real API server and etcd: delays, requests, CPU and memory per resource, and a restart.
 
-`python -m tests.bench.operator_scale [--count N] [--output json]`, on an idle machine. No kubelet, no KubeRay: the bench writes the
-RayClusters' statuses, and one fake Ray head answers for all. The operator has the rights of examples/install/operator.yaml and no
-client-side limit. Exits 1 if a goal is missed.
+`python -m tests.bench.operator_scale [--count N] [--output json]`, on an idle machine. No kubelet, no KubeRay: the bench writes
+the RayClusters' statuses, and one fake Ray head answers for all. The operator has the rights of examples/install/operator.yaml
+and no client-side limit. Exits 1 if a goal is missed.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """The Kubernetes API for the reconciler: the only importer of the kubernetes client here. Requests out, observed values back.
 
-Status goes by server-side apply with the resourceVersion, which tells namesakes apart too, so a write that is based on an old read is refused.
+Status goes by server-side apply with the resourceVersion, which tells namesakes apart too: a write that is based on an old
+read is refused.
 """
 
 # The kubernetes client is typed in part only.
