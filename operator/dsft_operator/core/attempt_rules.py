@@ -259,8 +259,10 @@ def _doing(seen: Observed, progress: Progress | None) -> tuple[Phase, str]:
             return phase, status.message
         return Phase.STARTING, "the driver is starting"
     phase = progress.phase.phase
-    # Otherwise the driver has said its last word and is on its way out.
-    return phase if phase in _REASONS else Phase.RUNNING, _message(progress)
+    if phase not in _REASONS:
+        # The driver has said its last word and is on its way out: the phase before lasts until Ray says that it ended.
+        phase = status.phase if status.phase in _REASONS and status.phase is not None else Phase.RUNNING
+    return phase, _message(progress)
 
 
 def _draining(seen: Observed, now: datetime) -> Decision:

@@ -357,3 +357,14 @@ def test_waiting_for_the_next_attempt_is_told_with_its_time() -> None:
     assert decision.status is not None
     assert "attempt 1 ended (HeadLost: the Ray head restarted" in (decision.status.message or "")
     assert "the next one starts at 12:00:10 UTC" in (decision.status.message or "")
+
+
+def test_a_driver_on_its_way_out_does_not_go_back_to_running() -> None:
+    """Its last word is said, and Ray has not seen its end: the phase before lasts until then."""
+    exporting, _ = after(replace(submitted(), progress=told(TrainerPhase.EXPORTING, step=100)))
+    leaving, decision = after(replace(exporting, progress=told(TrainerPhase.SUCCEEDED, step=100, output=OUTPUT)))
+    assert decision.status is not None
+    assert decision.status.phase is Phase.EXPORTING
+    _, decision = after(replace(leaving, job=job("SUCCEEDED")))
+    assert decision.status is not None
+    assert decision.status.phase is Phase.SUCCEEDED
