@@ -193,7 +193,8 @@ def run_bare(folder: Path, environment: dict[str, str], seen: Path) -> Sample:
     out = folder / "bare.log"
     out.write_text("")
     torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node {RANKS}"
-    script = f"exec {torchrun} tests/bench/bare.py {folder} > {out}"
+    # As a module: by its path, its folder would come before the standard library, and has an operator.py.
+    script = f"exec {torchrun} --module tests.bench.bare {folder} > {out}"
     threads = max(1, (os.cpu_count() or 1) // RANKS)
 
     def look() -> tuple[str, int]:
