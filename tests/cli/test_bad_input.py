@@ -100,7 +100,7 @@ IN_THE_MANIFEST = {
     "a suspended run": Mistake({"spec.suspend": True}, ("spec.suspend", "is suspended", "set it to false")),
     "a program of one's own": Mistake(
         {"spec.program": {"entrypoint": "a:b"}, "spec.model": None, "spec.data": None, "spec.training": None},
-        ("spec.program", "is not built yet", "remove it"),
+        ("spec.checkpoint.everySteps", "has no effect with spec.program", "use spec.program.config"),
     ),
     "LoRA": Mistake({"spec.training.lora": {}}, ("spec.training.lora", "LoRA is not built yet", "remove it")),
     "offload": Mistake(

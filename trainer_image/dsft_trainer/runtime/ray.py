@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from tenacity import Retrying, retry_if_exception_message, stop_after_attempt
 
 from dsft_api.job import Job
 from dsft_api.progress import TrainerFailure
@@ -45,6 +46,7 @@ RELAY_PREFIX = "dsft-"
 # Shared memory of a local Ray without Ray Data: nothing but small messages goes through it.
 LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
 LOCAL_OBJECT_STORE_BYTES_FOR_DATA = 2**30
+PRIVATE_STARTS = 3
 
 
 class Relay:
@@ -202,15 +204,23 @@ def _connect(job: Job) -> None:
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     gpus = job.ranks.count if job.ranks.device == "cuda" else 0
     uses_data = job.spec.data is not None and job.spec.data.loader == "ray-data"
-    ray.init(
-        address="local",
-        namespace=NAMESPACE,
-        num_cpus=max(job.ranks.count, os.cpu_count() or 1),
-        num_gpus=gpus,
-        include_dashboard=False,
-        object_store_memory=LOCAL_OBJECT_STORE_BYTES_FOR_DATA if uses_data else LOCAL_OBJECT_STORE_BYTES,
-        log_to_driver=True,
-    )
+    # Ray gives its own processes 30 s to start, which a busy machine may not be able to keep.
+    for attempt in Retrying(
+        stop=stop_after_attempt(PRIVATE_STARTS),
+        retry=retry_if_exception_message(match=".*timed out during startup"),
+        before_sleep=lambda _: ray.shutdown(),
+        reraise=True,
+    ):
+        with attempt:
+            ray.init(
+                address="local",
+                namespace=NAMESPACE,
+                num_cpus=max(job.ranks.count, os.cpu_count() or 1),
+                num_gpus=gpus,
+                include_dashboard=False,
+                object_store_memory=LOCAL_OBJECT_STORE_BYTES_FOR_DATA if uses_data else LOCAL_OBJECT_STORE_BYTES,
+                log_to_driver=True,
+            )
 
 
 def _trainer(job: Job, relay: Any) -> "TorchTrainer":
