@@ -28,8 +28,9 @@ STAGES: dict[str, Callable[[Tenant], object]] = {
     "applied": lambda tenant: tenant.exists(NAME),
     "its cluster is there": lambda tenant: tenant.clusters(),
     "its job is named": lambda tenant: tenant.status(NAME).job,
+    "its driver runs": lambda tenant: (job := tenant.status(NAME).job) and job.state == "RUNNING",
+    # The run may well end before another operator is there.
     "it trains": lambda tenant: tenant.status(NAME).progress,
-    "it has committed": lambda tenant: tenant.status(NAME).checkpoints,
 }
 # Of the status: what clocks, chance and names decide, in two runs that are otherwise the same.
 _TIMES = re.compile(r"(Time|At)$")
