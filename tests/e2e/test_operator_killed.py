@@ -33,8 +33,8 @@ STAGES: dict[str, Callable[[Tenant], object]] = {
     "it trains": lambda tenant: tenant.status(NAME).progress,
 }
 # Of the status: what clocks, chance and names decide, in two runs that are otherwise the same.
-_TIMES = re.compile(r"(Time|At)$")
-_OTHERS = {"uid", "session", "eta", "time", "tokensPerSecond", "digest", "submissionId", "nodes", "trainedSeconds"}
+_TIMES = re.compile(r"(Time|At|Seconds)$")
+_OTHERS = {"uid", "session", "eta", "time", "tokensPerSecond", "digest", "submissionId", "nodes"}
 # On the head, with the token of its environment: nothing outside the cluster needs to reach its port.
 _LIST_JOBS = """
 import os, urllib.request as http
