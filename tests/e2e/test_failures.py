@@ -150,6 +150,8 @@ def test_pods_that_never_start(shared_tenant: Tenant, row: Never) -> None:
     created = tenant.resource(name)["metadata"]["creationTimestamp"]
     assert PROVISION_SECONDS <= seconds_between(created, status.completion_time) <= PROVISION_SECONDS + MARGIN_SECONDS
     _assert_let_go(tenant, name)
+    told = {event["reason"] for event in tenant.events(name) if event["type"] == "Warning"}
+    assert {row.waits, "Failed"} <= told, "the wait was told while it lasted"
 
 
 def _assert_failed(tenant: Tenant, row: Fails) -> None:
@@ -185,6 +187,5 @@ def _assert_let_go(tenant: Tenant, name: str) -> None:
     tenant.until(f"{cluster.name} is gone", lambda: not any(cluster.name in left for left in tenant.left()))
     status = tenant.status(name)
     assert status.phase is Phase.FAILED
-    warnings = [event for event in tenant.events(name) if event["type"] == "Warning"]
-    assert [event["reason"] for event in warnings] == ["Failed"]
-    assert warnings[0]["message"] == _why(status).message[:1024]
+    (failed,) = [event for event in tenant.events(name) if event["reason"] == "Failed"]
+    assert (failed["type"], failed["message"]) == ("Warning", _why(status).message[:1024])
