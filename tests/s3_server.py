@@ -167,7 +167,8 @@ def free_ports(address: str, count: int) -> list[int]:
     From that range another connection, even the client's own retry, could take the port while the server is down.
     """
     found: list[int] = []
-    for port in random.sample(range(15000, 32000), 1000):
+    # Not by the process's generator: tests seed it, and two that start servers at once would draw the same ports.
+    for port in random.SystemRandom().sample(range(15000, 32000), 1000):
         with socket.socket() as probe:
             try:
                 probe.bind((address, port))

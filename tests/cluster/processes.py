@@ -144,7 +144,8 @@ def executable(name: str) -> Path:
 def free_ports(count: int) -> list[int]:
     """Free ports of 127.0.0.1 below the range for outgoing connections, which could take them again at once."""
     found: list[int] = []
-    for port in random.sample(range(15000, 32000), 1000):
+    # Not by the process's generator: tests seed it, and two that start servers at once would draw the same ports.
+    for port in random.SystemRandom().sample(range(15000, 32000), 1000):
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
