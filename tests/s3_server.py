@@ -4,9 +4,7 @@ It can be killed and comes back on the same ports with the same data, and dies w
 """
 
 import json
-import random
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +15,8 @@ from pathlib import Path
 import boto3
 from botocore.client import BaseClient
 from botocore.exceptions import BotoCoreError, ClientError
+
+from tests.cluster.processes import free_ports
 
 REGION = "us-east-1"
 START_SECONDS = 60.0
@@ -59,7 +59,7 @@ class S3Server:
         ]
         (folder / "s3.json").write_text(json.dumps({"identities": identities}))
         names = ("master", "volume", "filer", "s3")
-        ports = free_ports(address, 2 * len(names))
+        ports = free_ports(2 * len(names), address)
         server = cls(
             folder, address, {name: ports.pop() for part in names for name in (f"{part}.port", f"{part}.port.grpc")}
         )
@@ -159,22 +159,3 @@ class S3Server:
         except (OSError, BotoCoreError, ClientError):
             return False
         return True
-
-
-def free_ports(address: str, count: int) -> list[int]:
-    """Free ports below the range for outgoing connections.
-
-    From that range another connection, even the client's own retry, could take the port while the server is down.
-    """
-    found: list[int] = []
-    # Not by the process's generator: tests seed it, and two that start servers at once would draw the same ports.
-    for port in random.SystemRandom().sample(range(15000, 32000), 1000):
-        with socket.socket() as probe:
-            try:
-                probe.bind((address, port))
-            except OSError:
-                continue
-        found.append(port)
-        if len(found) == count:
-            return found
-    raise RuntimeError("no free ports")

@@ -141,14 +141,14 @@ def executable(name: str) -> Path:
     return Path(found)
 
 
-def free_ports(count: int) -> list[int]:
-    """Free ports of 127.0.0.1 below the range for outgoing connections, which could take them again at once."""
+def free_ports(count: int, address: str = "127.0.0.1") -> list[int]:
+    """Free ports of an address of ours, below the range for outgoing connections, which could take them again at once."""
     found: list[int] = []
     # Not by the process's generator: tests seed it, and two that start servers at once would draw the same ports.
     for port in random.SystemRandom().sample(range(15000, 32000), 1000):
         with socket.socket() as probe:
             try:
-                probe.bind(("127.0.0.1", port))
+                probe.bind((address, port))
             except OSError:
                 continue
         found.append(port)

@@ -28,7 +28,7 @@ from dsft_operator.adapters.ray_jobs import RayJobsHttp
 from dsft_operator.core.decision import SubmitJob
 from dsft_operator.core.observed import Head, RayJob, Run, Unknown
 from dsft_operator.core.submission import CHANNEL, storage_prefix, submission
-from tests.s3_server import free_ports
+from tests.cluster.processes import free_ports
 from tests.trainer.runs import PATIENCE_SECONDS, Manifest, family, kill_session
 
 ADDRESS = "127.0.0.1"
@@ -51,7 +51,7 @@ class RayNodes:
     def start(cls, workers: int = 2, env: Mapping[str, str] | None = None) -> "RayNodes":
         """Start them; returns when the head's API answers. Short paths, for the sake of Ray's sockets."""
         names = ("gcs", "dashboard", "client")
-        ports = dict(zip(names, free_ports(ADDRESS, len(names)), strict=True))
+        ports = dict(zip(names, free_ports(len(names), ADDRESS), strict=True))
         nodes = cls(Path(tempfile.mkdtemp(prefix="dsft-")), dict(env or {}), ports)
         nodes._start(
             "head",
@@ -116,7 +116,7 @@ class RayNodes:
         address = environment.pop("RAY_ADDRESS")
         if name != "head":
             environment["RAY_ADDRESS"] = address
-        agent = free_ports(ADDRESS, 1)[0]
+        agent = free_ports(1, ADDRESS)[0]
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 [
