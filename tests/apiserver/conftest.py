@@ -1,15 +1,20 @@
 """A real API server for the session: etcd and kube-apiserver, no kubelet, with our CRDs and KubeRay's."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from kubernetes.config import new_client_from_config
 
+from dsft_operator.install import FILE, NAME, NAMESPACE
+from tests.apiserver.fake_head import FakeHead
+from tests.apiserver.scene import ROOT, Operator, Scene
 from tests.apiserver.server import ApiServer, Runs
 from tests.cluster.build import kubernetes
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.crds import our_crds, raycluster_crd
+from tests.cluster.kuberay.controller import Standin
 from tests.cluster.processes import Process
 from tests.cluster.scratch import scratch_folder
 
@@ -48,3 +53,31 @@ def namespace(api_server: ApiServer) -> str:
 @pytest.fixture
 def runs(api_server: ApiServer, namespace: str) -> Runs:
     return Runs(api_server.client, namespace)
+
+
+@pytest.fixture(scope="module")
+def kuberay(api_server: ApiServer, garbage_collector: Process) -> Iterator[None]:
+    controller = Standin(new_client_from_config(str(api_server.kubeconfig)), mark_ready=lambda _: True)
+    thread = threading.Thread(target=controller.run, daemon=True)
+    thread.start()
+    yield
+    controller.stop()
+    thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def operator_account(api_server: ApiServer) -> Path:
+    """A kubeconfig with the rights of the installed operator, and no others: a right that is missing fails a test."""
+    api_server.plane.kubectl("apply", f"--filename={ROOT / FILE}")
+    user = f"system:serviceaccount:{NAMESPACE}:{NAME}"
+    return api_server.plane.kubeconfig("operator", user, ["system:serviceaccounts", "system:authenticated"])
+
+
+@pytest.fixture
+def scene(api_server: ApiServer, operator_account: Path, runs: Runs, tmp_path: Path) -> Iterator[Scene]:
+    head = FakeHead()
+    operator = Operator(tmp_path, operator_account, runs.namespace, head.start())
+    yield Scene(api_server, runs, operator, head)
+    if operator.process is not None:
+        operator.kill()
+    head.stop()

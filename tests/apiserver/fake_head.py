@@ -5,6 +5,7 @@ Answers as Ray 2.60 does where the operator looks (status codes, plain-text 404,
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,16 +20,22 @@ STEPS = 3
 
 @dataclass
 class FakeHead:
-    """What the head knows. `tokens`: the tokens it takes, empty for any; `steps` jobs take to succeed, a step per look."""
+    """What the head knows. A job makes a step per look.
+
+    `hold`: jobs run and tell nothing. `stay`: they tell of this phase, and stay in it. `deaf`: they do not stop when asked.
+    """
 
     session: str = "session-1"
     jobs: dict[str, str] = field(default_factory=dict[str, str])
+    ends: dict[str, float] = field(default_factory=dict[str, float])  # milliseconds since 1970, as Ray has it
     bodies: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     posts: list[str] = field(default_factory=list[str])
     authorizations: set[str] = field(default_factory=set[str])
     progress: Progress | None = None
     step: int = 0
     hold: bool = False
+    stay: TrainerPhase | None = None
+    deaf: bool = False
     last_words: str | None = None  # of a driver that failed, with exit code 5
     on_step: Callable[["FakeHead"], None] | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -88,15 +95,21 @@ class FakeHead:
         if submission not in self.jobs:
             return 404, f"Job {submission} does not exist"
         if self.last_words is not None:
-            return 200, json.dumps({"status": "FAILED", "message": self.last_words, "driver_exit_code": 5})
-        self._move(submission)
-        return 200, json.dumps({"status": self.jobs[submission], "message": "", "driver_exit_code": None})
+            self.jobs[submission] = "FAILED"
+        else:
+            self._move(submission)
+        state = self.jobs[submission]
+        over = state not in ("PENDING", "RUNNING")
+        ended = self.ends.setdefault(submission, 1000 * time.time()) if over else None
+        code = 5 if self.last_words is not None else None
+        told = {"status": state, "message": self.last_words or "", "driver_exit_code": code, "end_time": ended}
+        return 200, json.dumps(told)
 
     def post(self, path: str, body: dict[str, Any]) -> tuple[int, str]:
         if path.endswith("/stop"):
             submission = path.split("/")[-2]
             stopped = self.jobs.get(submission) in ("PENDING", "RUNNING")
-            if stopped:
+            if stopped and not self.deaf:
                 self.jobs[submission] = "STOPPED"
                 if self.progress is not None:
                     self.progress = self.progress.model_copy(update={"phase": TrainerPhase.INTERRUPTED})
@@ -117,9 +130,9 @@ class FakeHead:
         if self.jobs[submission] == "PENDING":
             self.jobs[submission] = "RUNNING"
         elif self.jobs[submission] == "RUNNING" and not self.hold:
-            self.step += 1
+            self.step += 1 if self.stay is None else 0
             over = self.step >= STEPS
-            phase = TrainerPhase.SUCCEEDED if over else TrainerPhase.TRAINING
+            phase = self.stay or (TrainerPhase.SUCCEEDED if over else TrainerPhase.TRAINING)
             self.progress = told(phase, job.attempt, step=self.step, committed=self.step).model_copy(
                 update={"run_uid": job.run.uid, "output": OUTPUT if over else None}
             )

@@ -80,6 +80,11 @@ class Runs:
         """The stored one."""
         return self._asked(CustomObjectsApi(self.client).get_namespaced_custom_object, name=name)
 
+    def names(self) -> list[str]:
+        """Of those that are stored."""
+        listed = self._asked(CustomObjectsApi(self.client).list_namespaced_custom_object)
+        return [item["metadata"]["name"] for item in listed["items"]]
+
     def delete(self, name: str) -> None:
         """Delete it; it stays while it has a finalizer."""
         self._asked(CustomObjectsApi(self.client).delete_namespaced_custom_object, name=name)

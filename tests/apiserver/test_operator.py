@@ -1,151 +1,17 @@
 """The operator as a process on a real API server, with the KubeRay stand-in (no kubelet) and a fake Ray head."""
 
-import os
-import subprocess
-import sys
+import base64
+import random
 import threading
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from kubernetes.client import CoreV1Api, CustomObjectsApi, NetworkingV1Api
-from kubernetes.config import new_client_from_config
+from kubernetes.client import CoreV1Api, CustomObjectsApi
 
-from dsft_operator.install import FILE, NAME, NAMESPACE
-from tests.apiserver.fake_head import FakeHead
-from tests.apiserver.server import ApiServer, Runs
-from tests.cluster.kuberay.controller import Standin
-from tests.cluster.processes import Process
-from tests.unit.operator.situations import SPEC
-
-ROOT = Path(__file__).parents[2]
-SECONDS = 60.0
-Document = dict[str, Any]
+from tests.apiserver.scene import Scene
 
 pytestmark = pytest.mark.timeout(180)
-
-
-@pytest.fixture(scope="module")
-def kuberay(api_server: ApiServer, garbage_collector: Process) -> Iterator[None]:
-    controller = Standin(new_client_from_config(str(api_server.kubeconfig)), mark_ready=lambda _: True)
-    thread = threading.Thread(target=controller.run, daemon=True)
-    thread.start()
-    yield
-    controller.stop()
-    thread.join(30)
-
-
-@dataclass
-class Operator:
-    """`python -m dsft_operator` for one namespace."""
-
-    folder: Path
-    kubeconfig: Path
-    namespace: str
-    port: int
-    process: "subprocess.Popen[bytes] | None" = None
-    starts: int = 0
-    options: Document = field(default_factory=dict[str, Any])
-
-    def start(self) -> None:
-        file = self.folder / "config.yaml"
-        document = {
-            "kind": "OperatorConfig",
-            "watchNamespaces": [self.namespace],
-            "image": {"trainer": "registry.test/dsft-trainer:1"},
-            "ray": {"dashboardPort": self.port},
-            "intervals": {"provisioningSeconds": 1, "runningSeconds": 0.5, "backoffSeconds": 1, "queuedSeconds": 1},
-            "httpPort": 0,
-            **self.options,
-        }
-        file.write_text(yaml.safe_dump(document))
-        self.starts += 1
-        with (self.folder / "operator.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "dsft_operator"],
-                env={
-                    **os.environ,
-                    "KUBECONFIG": str(self.kubeconfig),
-                    "DSFT_CONFIG": str(file),
-                    "PYTHONPATH": os.pathsep.join([str(ROOT / "operator"), str(ROOT / "trainer_image")]),
-                },
-                stdout=log,
-                stderr=log,
-            )
-
-    def kill(self) -> None:
-        assert self.process is not None
-        self.process.kill()
-        self.process.wait(10)
-
-    def log(self) -> str:
-        return (self.folder / "operator.log").read_text()[-6000:]
-
-
-@dataclass
-class Scene:
-    """A namespace with a run in it."""
-
-    api: ApiServer
-    runs: Runs
-    operator: Operator
-    head: FakeHead
-    name: str = "chat"
-
-    def apply(self, **spec: Any) -> Document:
-        body = {
-            "apiVersion": "dsft.dev/v1alpha1",
-            "kind": "DeepSpeedFineTune",
-            "metadata": {"name": self.name, "namespace": self.runs.namespace},
-            "spec": {**SPEC, **spec},
-        }
-        return self.runs.create(body)
-
-    def edit(self, **spec: Any) -> None:
-        document = self.runs.get(self.name)
-        self.runs.replace({**document, "spec": {**document["spec"], **spec}})
-
-    def status(self) -> Document:
-        return self.runs.get(self.name).get("status") or {}
-
-    def condition(self, kind: str) -> Document:
-        return next((c for c in self.status().get("conditions", ()) if c["type"] == kind), {})
-
-    def clusters(self) -> list[Document]:
-        objects = CustomObjectsApi(self.api.client)
-        return objects.list_namespaced_custom_object("ray.io", "v1", self.runs.namespace, "rayclusters")["items"]
-
-    def until(self, what: str, fact: Callable[[], object]) -> None:
-        deadline = time.monotonic() + SECONDS
-        while not fact():
-            assert time.monotonic() < deadline, f"never {what}: {self.status()}\n{self.operator.log()}"
-            time.sleep(0.05)
-
-    def until_phase(self, phase: str) -> None:
-        self.until(phase, lambda: self.status().get("phase") == phase)
-
-
-@pytest.fixture(scope="module")
-def operator_account(api_server: ApiServer) -> Path:
-    """A kubeconfig with the rights of the installed operator, and no others: a right that is missing fails a test."""
-    api_server.plane.kubectl("apply", f"--filename={ROOT / FILE}")
-    user = f"system:serviceaccount:{NAMESPACE}:{NAME}"
-    return api_server.plane.kubeconfig("operator", user, ["system:serviceaccounts", "system:authenticated"])
-
-
-@pytest.fixture
-def scene(api_server: ApiServer, operator_account: Path, runs: Runs, tmp_path: Path) -> Iterator[Scene]:
-    head = FakeHead()
-    operator = Operator(tmp_path, operator_account, runs.namespace, head.start())
-    yield Scene(api_server, runs, operator, head)
-    if operator.process is not None:
-        operator.kill()
-    head.stop()
 
 
 def test_a_run_from_apply_to_the_end(scene: Scene, kuberay: None) -> None:
@@ -158,16 +24,7 @@ def test_a_run_from_apply_to_the_end(scene: Scene, kuberay: None) -> None:
     assert [(a["number"], a["exitCode"]) for a in status["attempts"]] == [(1, 0)]
     assert scene.condition("Succeeded")["status"] == scene.condition("Ready")["status"] == "True"
     scene.until("cluster freed", lambda: not scene.clusters())
-    core = CoreV1Api(scene.api.client)
-    namespace = scene.runs.namespace
-
-    def left() -> list[str]:
-        secrets = [s.metadata.name for s in core.list_namespaced_secret(namespace).items]
-        policies = NetworkingV1Api(scene.api.client).list_namespaced_network_policy(namespace).items
-        pods = core.list_namespaced_pod(namespace).items
-        return [n for n in secrets if n != "dsft-root-key"] + [o.metadata.name for o in (*policies, *pods)]
-
-    scene.until("children gone", lambda: not left())
+    scene.until("children gone", lambda: not scene.children())
     # Its spec, labels and annotations are as they were applied: nothing for a GitOps tool to see.
     document = scene.runs.get(scene.name)
     assert "labels" not in document["metadata"]
@@ -175,7 +32,8 @@ def test_a_run_from_apply_to_the_end(scene: Scene, kuberay: None) -> None:
     assert document["metadata"]["generation"] == 1
     (post,) = scene.head.posts
     assert post == status["job"]["submissionId"]
-    reasons = [e.reason for e in core.list_namespaced_event(namespace).items if e.involved_object.name == "chat"]
+    events = CoreV1Api(scene.api.client).list_namespaced_event(scene.runs.namespace).items
+    reasons = [event.reason for event in events if event.involved_object.name == scene.name]
     assert {"Provisioning", "Starting", "Running", "Succeeded"} <= set(reasons)
     assert len(reasons) == len(set(reasons)), "an event for each transition, once"
 
@@ -189,8 +47,6 @@ def test_the_token_is_always_on(scene: Scene, kuberay: None) -> None:
     secret = CoreV1Api(scene.api.client).read_namespaced_secret(cluster["metadata"]["name"], scene.runs.namespace)
     assert cluster["spec"]["authOptions"] == {"mode": "token", "secretName": cluster["metadata"]["name"]}
     assert secret.metadata.owner_references[0].uid == cluster["metadata"]["uid"]
-    import base64
-
     token = base64.b64decode(secret.data["auth_token"]).decode()
     assert scene.head.authorizations == {f"Bearer {token}"}
     told = yaml.safe_dump([scene.runs.get(scene.name), scene.head.bodies])
@@ -200,8 +56,6 @@ def test_the_token_is_always_on(scene: Scene, kuberay: None) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_killed_at_any_moment_it_goes_on(scene: Scene, kuberay: None, seed: int) -> None:
     """One RayCluster, one submission, the same end: the operator is killed at five moments of a run."""
-    import random
-
     chance = random.Random(seed)
     seen: set[str] = set()
     scene.operator.start()
@@ -280,29 +134,6 @@ def test_suspend_frees_the_cluster_and_resume_goes_on(scene: Scene, kuberay: Non
     scene.edit(suspend=False)
     scene.until_phase("Succeeded")
     assert scene.status()["rayCluster"]["incarnation"] == 2
-
-
-def test_deleted_while_it_runs(scene: Scene, kuberay: None) -> None:
-    scene.head.hold = True
-    scene.operator.start()
-    scene.apply()
-    scene.until("running", lambda: (scene.status().get("job") or {}).get("state") == "RUNNING")
-    CustomObjectsApi(scene.api.client).delete_namespaced_custom_object(
-        "dsft.dev", "v1alpha1", scene.runs.namespace, "deepspeedfinetunes", scene.name
-    )
-
-    def gone() -> bool:
-        objects = CustomObjectsApi(scene.api.client)
-        found = objects.list_namespaced_custom_object(
-            "dsft.dev", "v1alpha1", scene.runs.namespace, "deepspeedfinetunes"
-        )
-        return not found["items"]
-
-    deadline = time.monotonic() + SECONDS
-    while not gone() or scene.clusters():
-        assert time.monotonic() < deadline, scene.operator.log()
-        time.sleep(0.05)
-    assert "STOPPED" in scene.head.jobs.values()
 
 
 def test_somebody_elses_cluster_is_left_alone(scene: Scene, kuberay: None) -> None:

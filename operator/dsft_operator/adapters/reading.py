@@ -3,6 +3,7 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, cast
 
@@ -21,8 +22,6 @@ from dsft_operator.core.pods import pod_problems
 from dsft_operator.core.submission import too_large
 
 Json = Mapping[str, Any]
-# Spec, digest of its identity, problems.
-Judgement = tuple[FineTuneSpec | None, str | None, tuple[Problem, ...]]
 
 # Those that run are few; those that have ended are looked at once per resync.
 MAX_JUDGED = 512
@@ -36,6 +35,16 @@ WAIT_CONTAINER = "wait-gcs-ready"
 _WAITS = ("ContainerCreating", "PodInitializing")
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """What a spec says, as `Run` has it, whatever became of the run."""
+
+    spec: FineTuneSpec | None
+    identity: str | None
+    problems: tuple[Problem, ...]
+    ignored: tuple[str, ...] = ()
+
+
 class Judge:
     """Judges specs, each generation of a resource once: it costs milliseconds, and a run is looked at every few seconds."""
 
@@ -44,10 +53,10 @@ class Judge:
         self._judged: OrderedDict[tuple[str, int], Judgement] = OrderedDict()
 
     def __call__(self, raw: Json) -> Judgement:
-        """Spec with the admin's defaults, digest of its identity, problems."""
+        """The spec with the admin's defaults, and all that is wrong with it."""
         key = (raw["metadata"]["uid"], raw["metadata"].get("generation", 1))
         if key not in self._judged:
-            self._judged[key] = _spec(raw, self._config)
+            self._judged[key] = _judged(raw, self._config)
             if len(self._judged) > MAX_JUDGED:
                 self._judged.popitem(last=False)
         self._judged.move_to_end(key)
@@ -57,7 +66,7 @@ class Judge:
 def run_of(raw: Json, config: OperatorConfig, judge: Judge | None = None) -> Run:
     """The resource with the admin's defaults, and every problem it has."""
     meta: Json = raw["metadata"]
-    spec, identity, problems = judge(raw) if judge is not None else _spec(raw, config)
+    judged = judge(raw) if judge is not None else _judged(raw, config)
     status = _status(raw)
     deleted = meta.get("deletionTimestamp")
     return Run(
@@ -66,31 +75,37 @@ def run_of(raw: Json, config: OperatorConfig, judge: Judge | None = None) -> Run
         uid=meta["uid"],
         generation=meta.get("generation", 1),
         resource_version=meta["resourceVersion"],
-        spec=spec,
+        spec=judged.spec,
         status=status,
-        identity=identity,
-        problems=(*problems, *_thawed(identity, status)),
+        identity=judged.identity,
+        problems=(*judged.problems, *_thawed(judged.identity, status)),
+        ignored=judged.ignored,
         deleting=datetime.fromisoformat(deleted) if deleted else None,
         finalizers=tuple(meta.get("finalizers", ())),
         labels=meta.get("labels", {}),
     )
 
 
-def _spec(raw: Json, config: OperatorConfig) -> Judgement:
+def _judged(raw: Json, config: OperatorConfig) -> Judgement:
     try:
         resource = DeepSpeedFineTune.model_validate({k: v for k, v in raw.items() if k != "status"})
     except ValidationError as error:
-        return (
-            None,
-            None,
-            tuple(
-                Problem(field_name(tuple(item["loc"])), item["msg"], "correct it and apply the resource again")
-                for item in error.errors(include_url=False, include_input=False)
-            ),
+        problems = tuple(
+            Problem(field_name(tuple(item["loc"])), item["msg"], "correct it and apply the resource again")
+            for item in error.errors(include_url=False, include_input=False)
         )
+        return Judgement(None, None, problems)
     given = resource.spec
     problems = (*check(resource), *pod_problems(given), *too_large(given), *_lacking(given, config))
-    return with_defaults(given, config), spec_hash(given), problems
+    return Judgement(with_defaults(given, config), spec_hash(given), problems, tuple(_unknown_fields(raw["spec"])))
+
+
+def _unknown_fields(spec: Json) -> Iterator[str]:
+    try:
+        FineTuneSpec.model_validate(spec, extra="forbid")
+    except ValidationError as error:
+        for item in error.errors(include_url=False, include_input=False):
+            yield field_name(("spec", *item["loc"]))
 
 
 def _thawed(identity: str | None, status: FineTuneStatus) -> Iterator[Problem]:

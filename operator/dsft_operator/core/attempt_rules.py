@@ -20,6 +20,8 @@ from dsft_operator.core.waiting import explain
 
 # A busy head misses some requests; a dead one is told by its session as soon as it is back.
 UNREACHABLE_SECONDS = 180
+# Ray starts a driver within seconds, which nothing but looking tells.
+FIRST_LOOK_SECONDS = 0.25
 # How long the last progress document may take after the driver's end.
 LAST_WORD_SECONDS = 20
 # How long the kubelet may take to tell how a container ended whose end the driver felt at once.
@@ -42,7 +44,7 @@ def unsubmitted(seen: Observed, now: datetime, config: OperatorConfig) -> Decisi
     if silent >= UNREACHABLE_SECONDS:
         return _given_up(seen, now, silent, "it does not take the submission")
     prefix = status.resolved.storage_prefix if status.resolved else None
-    return Decision((submission(run, spec, status.attempt, prefix or ""),), requeue_after=SOON)
+    return Decision((submission(run, spec, status.attempt, prefix or ""),), requeue_after=FIRST_LOOK_SECONDS)
 
 
 def lost(seen: Observed, now: datetime, config: OperatorConfig) -> Decision | None:
@@ -94,7 +96,7 @@ def running(seen: Observed, now: datetime, config: OperatorConfig) -> Decision |
         facts[ConditionType.CLUSTER_READY] = lacking
         message = f"{message.partition(_LACKING)[0]}{_LACKING}{lacking.message}"
     wish = report(run, now, phase, _REASONS[phase], message, facts, **told)
-    return Decision(status=wish, requeue_after=config.intervals.running_seconds)
+    return Decision(status=wish, requeue_after=SOON if job.state == "PENDING" else config.intervals.running_seconds)
 
 
 def _overdue(seen: Observed, now: datetime, job: RayJob, lacking: Fact) -> Decision | None:

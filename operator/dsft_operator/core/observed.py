@@ -23,6 +23,7 @@ class Run:
     """The resource. `spec` has the admin's defaults; it is None where it cannot be parsed, and `problems` say why.
 
     `identity` is the digest of the frozen part as the user wrote it: the admin's defaults may move under a run.
+    `ignored` are the fields of a newer custom resource definition, which this operator does not know.
     """
 
     namespace: str
@@ -34,6 +35,7 @@ class Run:
     status: FineTuneStatus
     identity: str | None = None
     problems: tuple[Problem, ...] = ()
+    ignored: tuple[str, ...] = ()
     deleting: datetime | None = None
     finalizers: tuple[str, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict[str, str])

@@ -98,10 +98,16 @@ def condition_of(status: FineTuneStatus, kind: ConditionType) -> Condition | Non
 
 def _accepted(run: Run) -> Fact:
     if not run.problems:
-        return Fact(value=True, reason=Reason.ACCEPTED)
+        return Fact(value=True, reason=Reason.ACCEPTED, message=_ignored(run)[:MAX_MESSAGE])
     unsupported = all(problem.reason is Reason.NOT_SUPPORTED for problem in run.problems)
     reason = Reason.NOT_SUPPORTED if unsupported else Reason.INVALID
     return Fact(value=False, reason=reason, message="; ".join(map(str, run.problems))[:MAX_MESSAGE])
+
+
+def _ignored(run: Run) -> str:
+    if not run.ignored:
+        return ""
+    return f"ignored, since this operator is older than these fields: {', '.join(run.ignored)}; upgrade the operator"
 
 
 def _summary(phase: Phase, reason: str, message: str) -> dict[ConditionType, Fact | None]:

@@ -295,6 +295,14 @@ def test_an_attempt_is_submitted_once() -> None:
     assert "SubmitJob" not in names(plan(replace(seen, job=None), NOW, CONFIG))
 
 
+def test_a_driver_that_starts_is_looked_at_often() -> None:
+    """Nothing but looking tells that Ray began: no event comes."""
+    seen, _ = after(whole())
+    assert plan(seen, NOW, CONFIG).requeue_after == 0.25
+    assert plan(replace(seen, job=job("PENDING")), NOW, CONFIG).requeue_after == 2
+    assert plan(replace(seen, job=job("RUNNING")), NOW, CONFIG).requeue_after == CONFIG.intervals.running_seconds
+
+
 def fail_again(seen: Observed, seconds: float, committed: int = 0) -> tuple[Observed, Decision]:
     """From a whole cluster: submit the next attempt, and lose a worker."""
     seen, _ = after(replace(seen, job=None, progress=None), seconds)

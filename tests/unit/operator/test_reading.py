@@ -6,8 +6,10 @@ import pytest
 
 from dsft_api.conditions import ConditionType
 from dsft_operator.adapters.reading import Judge, run_of
+from dsft_operator.core.observed import Observed
+from dsft_operator.core.plan import plan
 from dsft_operator.core.summary import condition_of
-from tests.unit.operator.situations import CONFIG, NOW, resource, submitted
+from tests.unit.operator.situations import CONFIG, NOW, SPEC, resource, submitted
 
 
 def began(spec: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -70,3 +72,19 @@ def test_a_spec_is_judged_once_per_generation() -> None:
     edited = resource({"retry": {"limit": 9}}, generation=2)
     assert run_of(edited, CONFIG, judge) == run_of(edited, CONFIG)
     assert run_of(resource({"nodePools": []}, uid="another"), CONFIG, judge).problems != ()
+
+
+def test_fields_of_a_newer_operator_are_ignored_and_told() -> None:
+    raw = resource({"training": {**SPEC["training"], "curriculum": "easy"}, "fancy": {"on": True}})
+    seen = run_of(raw, CONFIG)
+    assert seen.spec is not None
+    assert seen.ignored == ("spec.training.curriculum", "spec.fancy")
+    decision = plan(Observed(seen), NOW, CONFIG)
+    assert decision.status is not None
+    accepted = condition_of(decision.status, ConditionType.ACCEPTED)
+    assert accepted is not None
+    assert accepted.status == "True"
+    assert accepted.message.startswith(
+        "ignored, since this operator is older than these fields: spec.training.curriculum"
+    )
+    assert run_of(resource(), CONFIG).ignored == ()

@@ -1,0 +1,126 @@
+"""A namespace with a run, an operator that is a process with its real rights, and a fake Ray head: what the tests act on."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from kubernetes.client import CoreV1Api, CustomObjectsApi, NetworkingV1Api
+
+from tests.apiserver.fake_head import FakeHead
+from tests.apiserver.server import ApiServer, Runs
+from tests.unit.operator.situations import SPEC
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 60.0
+ROOT_KEY = "dsft-root-key"
+Document = dict[str, Any]
+
+
+@dataclass
+class Operator:
+    """`python -m dsft_operator` for one namespace."""
+
+    folder: Path
+    kubeconfig: Path
+    namespace: str
+    port: int
+    process: "subprocess.Popen[bytes] | None" = None
+    starts: int = 0
+    options: Document = field(default_factory=dict[str, Any])
+
+    def start(self) -> None:
+        file = self.folder / "config.yaml"
+        document = {
+            "kind": "OperatorConfig",
+            "watchNamespaces": [self.namespace],
+            "image": {"trainer": "registry.test/dsft-trainer:1"},
+            "ray": {"dashboardPort": self.port},
+            "intervals": {"provisioningSeconds": 1, "runningSeconds": 0.5, "backoffSeconds": 1, "queuedSeconds": 1},
+            "httpPort": 0,
+            **self.options,
+        }
+        file.write_text(yaml.safe_dump(document))
+        self.starts += 1
+        with (self.folder / "operator.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "dsft_operator"],
+                env={
+                    **os.environ,
+                    "KUBECONFIG": str(self.kubeconfig),
+                    "DSFT_CONFIG": str(file),
+                    "PYTHONPATH": os.pathsep.join([str(ROOT / "operator"), str(ROOT / "trainer_image")]),
+                },
+                stdout=log,
+                stderr=log,
+            )
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(10)
+
+    def log(self) -> str:
+        return (self.folder / "operator.log").read_text()[-6000:]
+
+
+@dataclass
+class Scene:
+    """A namespace with a run in it."""
+
+    api: ApiServer
+    runs: Runs
+    operator: Operator
+    head: FakeHead
+    name: str = "chat"
+
+    def apply(self, **spec: Any) -> Document:
+        body = {
+            "apiVersion": "dsft.dev/v1alpha1",
+            "kind": "DeepSpeedFineTune",
+            "metadata": {"name": self.name, "namespace": self.runs.namespace},
+            "spec": {**SPEC, **spec},
+        }
+        return self.runs.create(body)
+
+    def edit(self, **spec: Any) -> None:
+        document = self.runs.get(self.name)
+        self.runs.replace({**document, "spec": {**document["spec"], **spec}})
+
+    def status(self) -> Document:
+        return self.runs.get(self.name).get("status") or {}
+
+    def condition(self, kind: str) -> Document:
+        return next((c for c in self.status().get("conditions", ()) if c["type"] == kind), {})
+
+    def clusters(self) -> list[Document]:
+        objects = CustomObjectsApi(self.api.client)
+        return objects.list_namespaced_custom_object("ray.io", "v1", self.runs.namespace, "rayclusters")["items"]
+
+    def children(self) -> list[str]:
+        """What is there of the run's Secrets, NetworkPolicies and pods."""
+        core, namespace = CoreV1Api(self.api.client), self.runs.namespace
+        secrets = [secret.metadata.name for secret in core.list_namespaced_secret(namespace).items]
+        policies = NetworkingV1Api(self.api.client).list_namespaced_network_policy(namespace).items
+        others = [*policies, *core.list_namespaced_pod(namespace).items]
+        return [name for name in secrets if name != ROOT_KEY] + [each.metadata.name for each in others]
+
+    def exists(self) -> bool:
+        """Whether the resource is there, deleted or not."""
+        return self.name in self.runs.names()
+
+    def until(self, what: str, fact: Callable[[], object]) -> None:
+        deadline = time.monotonic() + SECONDS
+        while not fact():
+            assert time.monotonic() < deadline, (
+                f"never {what}: {self.status() if self.exists() else 'gone'}\n{self.operator.log()}"
+            )
+            time.sleep(0.05)
+
+    def until_phase(self, phase: str) -> None:
+        self.until(phase, lambda: self.status().get("phase") == phase)
