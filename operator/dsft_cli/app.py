@@ -1,4 +1,4 @@
-"""The `dsft` command (also `kubectl dsft`): run, validate, status, ls here; get, watch, logs on a cluster."""
+"""The `dsft` command (also `kubectl dsft`): run, validate, status, ls here; get, watch, logs, suspend, resume on a cluster."""
 
 import sys
 from pathlib import Path
@@ -29,7 +29,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (cluster_commands.get, cluster_commands.watch, cluster_commands.logs):
+for command in (
+    cluster_commands.get,
+    cluster_commands.watch,
+    cluster_commands.logs,
+    cluster_commands.suspend,
+    cluster_commands.resume,
+):
     app.command(rich_help_panel="On a cluster")(command)
 
 FileOption = Annotated[str, typer.Option("--filename", "-f", help="The manifest; - reads standard input.")]

@@ -15,6 +15,7 @@ from urllib3.exceptions import HTTPError
 from dsft_api.status import FineTuneStatus
 
 GROUP, VERSION, PLURAL = "dsft.dev", "v1alpha1", "deepspeedfinetunes"
+FIELD_MANAGER = "dsft-cli"
 TIMEOUT_SECONDS = 20
 WATCH_SECONDS = 240
 Json = dict[str, Any]
@@ -81,6 +82,23 @@ class ClusterClient:
             except (ApiException, HTTPError):
                 # The stream broke or is too old: what is there now tells whether it is worth another one.
                 yield self.get(name)
+
+    def suspend(self, name: str, *, suspend: bool) -> Json:
+        """Write `spec.suspend`; the resource as it is then. Raises ClusterError."""
+        body = {"spec": {"suspend": suspend}}
+        return self._asked(
+            lambda: self._objects.patch_namespaced_custom_object(
+                GROUP,
+                VERSION,
+                self.namespace,
+                PLURAL,
+                name,
+                body,
+                field_manager=FIELD_MANAGER,
+                _content_type="application/merge-patch+json",
+                _request_timeout=TIMEOUT_SECONDS,
+            )
+        )
 
     def log_lines(self, name: str, *, follow: bool) -> Iterator[str]:
         """What the head's pod printed: Ray's start, then the trainer. Raises ClusterError."""

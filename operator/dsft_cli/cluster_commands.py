@@ -1,6 +1,7 @@
-"""`dsft get`, `watch` and `logs`: runs on a cluster. The Kubernetes client is loaded only when one of them is called."""
+"""`dsft get`, `watch`, `logs`, `suspend`, `resume`: runs on a cluster. The Kubernetes client is loaded when one is called."""
 
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from dsft_api.conditions import ConditionType, ExitCode
+from dsft_api.conditions import ConditionType, ExitCode, Phase
 from dsft_api.status import FineTuneStatus
 from dsft_cli.output import Format, document, err, out
 
@@ -52,23 +53,33 @@ def get(
 
 def watch(name: NameArgument, namespace: NamespaceOption = None, output: OutputOption = Format.TEXT) -> None:
     """Follow a run on the cluster to its end: one line for each change. Exit code 0 when it succeeded, else as `dsft run`."""
-    client = _connect(namespace)
-    said = ""
-    status = FineTuneStatus()
-    try:
-        for resource in _watched(client, name):
-            status = _status(resource)
-            line = f"{status.phase or 'Pending'}: {status.message or 'the operator has not seen it yet'}"
-            if line != said:
-                err.print(escape(f"{datetime.now(UTC):%H:%M:%S} {line}"), highlight=False)
-                said = line
-            if status.completion_time is not None or _refused(status):
-                break
-    except KeyboardInterrupt:
-        raise typer.Exit(ExitCode.INTERRUPTED) from None
+    status = _follow(_connect(namespace), name, lambda status: status.completion_time is not None or _refused(status))
     if output is not Format.TEXT:
         document(status.to_wire(), output)
     raise typer.Exit(_exit_code(status))
+
+
+def suspend(
+    name: NameArgument,
+    namespace: NamespaceOption = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow it until its nodes are free.")] = True,
+    output: OutputOption = Format.TEXT,
+) -> None:
+    """Let a run commit at its next step, and free its nodes. A run that has ended stays as it is."""
+    client = _connect(namespace)
+    status = _status(_asked(client.suspend, name, suspend=True))
+    if wait:
+        status = _follow(
+            client, name, lambda status: status.phase is Phase.SUSPENDED or status.completion_time is not None
+        )
+    if output is not Format.TEXT:
+        document(status.to_wire(), output)
+
+
+def resume(name: NameArgument, namespace: NamespaceOption = None) -> None:
+    """Let a suspended run go on from its last commit."""
+    _asked(_connect(namespace).suspend, name, suspend=False)
+    err.print(f"{name} goes on; `dsft watch {name}` follows it", highlight=False)
 
 
 def logs(
@@ -102,6 +113,24 @@ def _asked(call: Any, *arguments: Any, **options: Any) -> Any:
         return call(*arguments, **options)
     except ClusterError as error:
         raise _fail(error) from error
+
+
+def _follow(client: "ClusterClient", name: str, is_over: Callable[[FineTuneStatus], bool]) -> FineTuneStatus:
+    """One line for each change, until it is over or the resource is gone; the last status. Ctrl-C ends only the looking."""
+    said = ""
+    status = FineTuneStatus()
+    try:
+        for resource in _watched(client, name):
+            status = _status(resource)
+            line = f"{status.phase or 'Pending'}: {status.message or 'the operator has not seen it yet'}"
+            if line != said:
+                err.print(escape(f"{datetime.now(UTC):%H:%M:%S} {line}"), highlight=False)
+                said = line
+            if is_over(status):
+                break
+    except KeyboardInterrupt:
+        raise typer.Exit(ExitCode.INTERRUPTED) from None
+    return status
 
 
 def _watched(client: "ClusterClient", name: str) -> Any:

@@ -108,12 +108,12 @@ def suspended(seen: Observed, now: datetime, _config: OperatorConfig) -> Decisio
     gone: dict[ConditionType, Fact | None] = {ConditionType.CLUSTER_READY: None, ConditionType.JOB_SUBMITTED: None}
     if not _is_ours(seen):
         changes = attempts.ended(status, spec, now, _interruption(seen), counted=False)
-        message = "suspended; set spec.suspend to false to go on from the last commit"
+        message = "the nodes are free; set spec.suspend to false to go on from the last commit"
         return Decision(status=report(run, now, Phase.SUSPENDED, Reason.SUSPENDED, message, gone, job=None, **changes))
     cluster = live_cluster(seen)
     since = status.phase_time if status.phase is Phase.SUSPENDING and status.phase_time else now
     patience = spec.checkpoint.drain_seconds + STOP_MARGIN_SECONDS
-    message = "suspending: the trainer commits, then the nodes are freed"
+    message = "the trainer commits, then the nodes are freed"
     if cluster is not None and driver_runs(seen) and status.job and (now - since).total_seconds() < patience:
         changes = attempts.followed(status, report_of(seen))
         wish = report(run, now, Phase.SUSPENDING, Reason.SUSPENDED, message, **changes)
