@@ -47,7 +47,6 @@ NOT_BUILT = (
     NotBuilt("deepspeed.offload.optimizer", "offload to host memory is not built yet", ("none",)),
     NotBuilt("deepspeed.offload.params", "offload to host memory is not built yet", ("none",)),
     NotBuilt("nodePools[].avoidFailedNodes", "keeping away from nodes is not built yet", (False,)),
-    NotBuilt("checkpoint.onWorldSizeChange", "conversion of checkpoints is not built yet", ("refuse",)),
     NotBuilt("export.mergeLora", "LoRA is not built yet"),
     NotBuilt("export.pushToHub", "upload to the Hub is not built yet; the export is in storage"),
     NotBuilt("tracking.mlflow", "MLflow is not built yet; tensorboard is"),

@@ -9,7 +9,8 @@ import pytest
 import torch.distributed as dist
 
 from dsft_api.conditions import FailureClass
-from dsft_trainer.checkpoint.checkpointer import Checkpointer, Identity, Point
+from dsft_trainer.checkpoint import universal
+from dsft_trainer.checkpoint.checkpointer import Checkpointer, Convert, Identity, Point
 from dsft_trainer.checkpoint.listing import Retention, read_commits
 from dsft_trainer.checkpoint.store import Store, open_store
 from dsft_trainer.errors import TrainerError
@@ -43,6 +44,9 @@ class State:
         self.value = (folder / tag / "zero" / "optimizer.pt").read_text()
         assert (folder / tag / "model.pt").read_text() == self.value * 1000
 
+    def load_universal(self, folder: Path, tag: str) -> None:
+        self.value = (folder / tag / "zero" / "whole.pt").read_text()
+
 
 class Copied:
     """The state as it was."""
@@ -59,7 +63,15 @@ class Copied:
 class Start:
     """One group start of a run."""
 
-    def __init__(self, store: Store, scratch: Path, *, retention: Retention = KEEP_TEN, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        store: Store,
+        scratch: Path,
+        *,
+        retention: Retention = KEEP_TEN,
+        world_size: int = 1,
+        convert: Convert | None = None,
+    ) -> None:
         # Each start is another machine: it finds nothing of the one before.
         shutil.rmtree(scratch, ignore_errors=True)
         self.checkpointer = Checkpointer(
@@ -68,12 +80,14 @@ class Start:
             scratch,
             Identity(spec_hash="sha256:0", zero_stage=3, precision="fp32", versions={"torch": "2"}),
             retention,
+            convert,
         )
         self.state = State()
 
     def begin(self, attempt: int) -> int:
         """Claim and load; the step to go on from."""
         base = self.checkpointer.begin(attempt)
+        self.checkpointer.convert()
         self.checkpointer.load(self.state)
         return base.step if base else 0
 
@@ -241,13 +255,129 @@ def test_a_zombie_that_commits_in_the_last_moment_is_not_read(store: Store, tmp_
     assert folders(store) == {"step-00000003-a1.g1"}
 
 
+@pytest.mark.parametrize("folder", ["checkpoints/step-00000009-a5.g1", "universal/a5.g1"])
+def test_a_start_that_froze_after_its_claim_sweeps_nothing_of_its_successors(
+    store: Store, tmp_path: Path, folder: str
+) -> None:
+    store.put_bytes(f"{folder}/model.pt", b"on its way")
+    Start(store, tmp_path / "scratch").begin(2)
+    assert [entry.key for entry in store.list(folder)] == [f"{folder}/model.pt"]
+
+
+class Converter:
+    """Converts `State`'s files as DeepSpeed does its own, and counts."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.calls = 0
+        self.error = error
+
+    def __call__(self, source: Path, target: Path) -> None:
+        self.calls += 1
+        (target / "zero").mkdir(parents=True)
+        (target / "zero" / "whole.pt").write_text((source / "zero" / "optimizer.pt").read_text())
+        if self.error is not None:
+            raise self.error
+
+
+def of_two_ranks(store: Store, scratch: Path, *, steps: tuple[int, ...] = (3,)) -> list[str]:
+    """Commits of a run, made to look as if two ranks had written them."""
+    start = Start(store, scratch)
+    start.begin(1)
+    names = [start.save(step) for step in steps]
+    for name in names:
+        key = f"checkpoints/{name}/COMMIT.json"
+        commit = {**json.loads(store.get_bytes(key) or b""), "worldSize": 2}
+        store.put_bytes(key, json.dumps(commit).encode())
+    return names
+
+
+def contents(store: Store, folder: str) -> dict[str, bytes | None]:
+    return {entry.key: store.get_bytes(entry.key) for entry in store.list(folder)}
+
+
 def test_another_number_of_ranks_is_refused(store: Store, tmp_path: Path) -> None:
-    first = Start(store, tmp_path / "scratch")
-    first.begin(1)
-    name = first.save(3)
-    with pytest.raises(TrainerError, match=f"{name} was written by 1 ranks, and 2 would load it") as caught:
-        Start(store, tmp_path / "scratch", world_size=2).begin(2)
+    (name,) = of_two_ranks(store, tmp_path / "scratch")
+    before = contents(store, "")
+    expected = (
+        f"spec.checkpoint.onWorldSizeChange is refuse: checkpoint {name} was written by 2 ranks, and 1 would load it"
+    )
+    with pytest.raises(TrainerError, match=expected) as caught:
+        Start(store, tmp_path / "scratch").begin(2)
     assert caught.value.failure_class is FailureClass.CONFIG_INVALID
-    assert "--workers" in caught.value.remedy
-    # The refused start left no trace: with the old number of ranks the run goes on.
-    assert Start(store, tmp_path / "scratch").begin(2) == 3
+    assert "run with 2 ranks again (spec.nodePools, or --workers)" in caught.value.remedy
+    # The refused start left no trace.
+    assert contents(store, "") == before
+
+
+def test_a_commit_of_other_ranks_is_converted_once(store: Store, tmp_path: Path) -> None:
+    (name,) = of_two_ranks(store, tmp_path / "scratch")
+    before = contents(store, f"checkpoints/{name}")
+    convert = Converter()
+    for attempt in (2, 3):
+        # The second one dies before its first save, and the third finds the conversion.
+        start = Start(store, tmp_path / "scratch", convert=convert)
+        assert start.begin(attempt) == 3
+        assert start.state.value == "step 3 of a1.g1"
+        assert contents(store, f"checkpoints/{name}") == before
+        assert convert.calls == 1
+        assert [entry.key for entry in store.list("universal")] == [
+            "universal/a2.g1/COMMIT.json",
+            "universal/a2.g1/zero/whole.pt",
+        ]
+        assert [path for path in (tmp_path / "scratch").rglob("*") if path.is_file()] == []
+    start.save(6)
+    assert store.list("universal") == []
+    assert steps(store) == [3, 6]
+    assert Start(store, tmp_path / "scratch", convert=convert).begin(4) == 6
+    assert convert.calls == 1
+
+
+def test_a_conversion_that_failed_says_so_and_is_done_again(store: Store, tmp_path: Path) -> None:
+    (name,) = of_two_ranks(store, tmp_path / "scratch")
+    expected = f"checkpoint {name} of 2 ranks was not converted for 1: no space left"
+    with pytest.raises(TrainerError, match=expected):
+        Start(store, tmp_path / "scratch", convert=Converter(OSError(28, "disk full"))).begin(2)
+    assert store.list("universal") == []
+    convert = Converter()
+    assert Start(store, tmp_path / "scratch", convert=convert).begin(3) == 3
+    assert convert.calls == 1
+
+
+@pytest.mark.parametrize("damage", ["no COMMIT.json", "half a COMMIT.json", "changed", "missing", "of another commit"])
+def test_a_conversion_that_is_not_whole_is_not_read(store: Store, tmp_path: Path, damage: str) -> None:
+    of_two_ranks(store, tmp_path / "scratch")
+    Start(store, tmp_path / "scratch", convert=Converter()).begin(2)
+    commit, data = "universal/a2.g1/COMMIT.json", "universal/a2.g1/zero/whole.pt"
+    text = store.get_bytes(commit) or b""
+    match damage:
+        case "no COMMIT.json":
+            store.delete([commit])
+        case "half a COMMIT.json":
+            store.put_bytes(commit, text[:50])
+        case "changed":
+            store.put_bytes(data, b"step 3 of a1.g2")
+        case "missing":
+            store.delete([data])
+        case _:
+            # The folder of a checkpoint is written once; a name alone would still prove nothing.
+            digest = json.loads(text)["sourceDigest"]
+            store.put_bytes(commit, text.replace(digest.encode(), digest[::-1].encode()))
+            store.put_bytes(data, b"step 3 of another run")
+    convert = Converter()
+    start = Start(store, tmp_path / "scratch", convert=convert)
+    assert start.begin(3) == 3
+    assert start.state.value == "step 3 of a1.g1"
+    assert convert.calls == 1
+    assert {entry.key.split("/")[1] for entry in store.list("universal")} == {"a3.g1"}
+
+
+def test_a_damaged_commit_of_other_ranks_means_the_one_before(store: Store, tmp_path: Path) -> None:
+    first, second = of_two_ranks(store, tmp_path / "scratch", steps=(3, 6))
+    store.put_bytes(f"checkpoints/{second}/model.pt", b"?")
+    start = Start(store, tmp_path / "scratch", convert=Converter())
+    assert start.begin(2) == 3
+    assert start.state.value == "step 3 of a1.g1"
+    assert folders(store) == {first}
+    conversion = universal.find(store, read_commits(store)[0])
+    assert conversion is not None
+    assert conversion.source == first

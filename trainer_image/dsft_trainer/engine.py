@@ -24,8 +24,11 @@ from dsft_trainer.checkpoint.staging import Buffers, Snapshot, StagedFiles
 from dsft_trainer.errors import TrainerError
 
 
-def deepspeed_config(spec: FineTuneSpec, plan: BatchPlan) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run: ours, with `spec.deepspeed.config` merged in."""
+def deepspeed_config(spec: FineTuneSpec, plan: BatchPlan, *, universal: bool = False) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run: ours, with `spec.deepspeed.config` merged in.
+
+    `universal` for an engine that will load a converted checkpoint; it saves ordinary ones all the same.
+    """
     training = spec.workload().training
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
@@ -34,6 +37,7 @@ def deepspeed_config(spec: FineTuneSpec, plan: BatchPlan) -> dict[str, Any]:
         "bf16": {"enabled": training.precision == "bf16"},
         "fp16": {"enabled": training.precision == "fp16"},
         "zero_optimization": {"stage": spec.deepspeed.stage},
+        "checkpoint": {"load_universal": universal},
     }
     return merged(ours, spec.deepspeed.config)
 
@@ -160,11 +164,35 @@ class Engine:
 
     def load(self, folder: Path, tag: str) -> None:
         """Take the state over from `folder/tag`. Collective; only for a fresh engine."""
+        self._load(folder, tag)
+        # Our own file, its digest checked against the commit: not a foreign pickle.
+        self.set_rng_state(torch.load(folder / tag / f"rng-{dist.get_rank()}.pt", weights_only=False))
+
+    def load_universal(self, folder: Path, tag: str) -> None:
+        """Take the state over from the universal checkpoint `folder/tag`, but for the random generators. Collective.
+
+        Only for a fresh engine with `deepspeed_config(universal=True)`.
+        """
+        self._load(folder, tag)
+        self._complete_optimizer(torch.load(folder / tag / "zero" / "optimizer_state.pt", weights_only=False))
+
+    def _complete_optimizer(self, saved: Mapping[str, Any]) -> None:
+        """Put right what DeepSpeed 0.19 makes of torch's AdamW when it loads a universal checkpoint.
+
+        It gives all parameter groups the settings of the first one, so that biases would be decayed like matrices. And it gives
+        all partitions one and the same counter of steps, which each of them would then advance.
+        """
+        optimizer: torch.optim.Optimizer = self.deepspeed.optimizer.optimizer
+        groups = saved["optimizer_state_dict"]["param_groups"]
+        for group, was in zip(optimizer.param_groups, groups, strict=True):
+            group.update({name: value for name, value in was.items() if name != "params"})
+        for state in optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    def _load(self, folder: Path, tag: str) -> None:
         path, _ = self.deepspeed.load_checkpoint(str(folder), tag=tag)
         if path is None:
             raise TrainerError(FailureClass.UNKNOWN, f"DeepSpeed found nothing to load in checkpoint {tag}")
-        # Our own file, its digest checked against the commit: not a foreign pickle.
-        self.set_rng_state(torch.load(folder / tag / f"rng-{dist.get_rank()}.pt", weights_only=False))
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """All weights gathered, on rank 0's CPU; empty elsewhere. Collective."""

@@ -25,6 +25,7 @@ from dsft_api.layout import RESULT_FILE
 from dsft_api.progress import TrainerPhase
 from dsft_api.status import EvaluationStatus, Output
 from dsft_trainer import collectives
+from dsft_trainer.checkpoint import universal
 from dsft_trainer.checkpoint.checkpointer import Checkpointer, Identity
 from dsft_trainer.checkpoint.listing import Retention, read_claims, references
 from dsft_trainer.checkpoint.saver import Cadence, Saver, seconds_between_failures
@@ -137,9 +138,12 @@ class _Attempt:
         self.beat()
         batches = GlobalBatches(len(data.train), self.work.training.global_batch_size, self.work.training.seed)
         schedule = self._schedule(batches, has_eval=data.eval is not None)
-        engine = self._engine(folder, tokenizer, data, schedule.total_steps)
+        engine = self._engine(folder, tokenizer, data, schedule.total_steps, resized=checkpointer.resized)
         self.beat()
         checkpointer.load(engine)
+        if base is not None and checkpointer.resized:
+            # The generators of other ranks are not ours to go on with: draw anew, and not what the first step drew.
+            seed_everything(_seed(self.work.training.seed, base.step, self.place.rank))
         self.beat()
         metrics = self._metrics_log(str(checkpointer.claim))
         if metrics is not None:
@@ -174,6 +178,7 @@ class _Attempt:
                 versions=versions(),
             ),
             Retention(policy.keep_last, policy.keep_best, evaluation.metric, evaluation.larger_is_better),
+            universal.convert if policy.on_world_size_change == "convert" else None,
         )
         base = checkpointer.begin(self.job.attempt)
         log.info("%s starts from %s", checkpointer.claim, base.name if base else "the beginning")
@@ -182,6 +187,12 @@ class _Attempt:
             from_step=base.step if base else 0,
             checkpoints=references(self.job.storage_prefix, checkpointer.commits, checkpointer.retention),
         )
+        if base is not None and checkpointer.resized:
+            self.beat()
+            change = f"from {base.world_size} to {self.place.world_size} ranks"
+            self.reporter.update(phase=TrainerPhase.LOADING, message=f"converting checkpoint {base.name} {change}")
+            checkpointer.convert()
+            self.beat()
         return checkpointer
 
     def _once_per_node(self, action: Callable[[], Path]) -> Path:
@@ -224,11 +235,13 @@ class _Attempt:
             cadence = Cadence(every_steps=policy.every_steps or steps_per_epoch)
         return Saver(checkpointer, cadence, max_failures=policy.max_failures)
 
-    def _engine(self, folder: Path, tokenizer: PreTrainedTokenizerBase, data: Prepared, total_steps: int) -> Engine:
+    def _engine(
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase, data: Prepared, total_steps: int, *, resized: bool
+    ) -> Engine:
         plan = plan_batch(
             self.work.training.global_batch_size, self.place.world_size, self.spec.execution.micro_batch_size
         )
-        config = deepspeed_config(self.spec, plan)
+        config = deepspeed_config(self.spec, plan, universal=resized)
         # New weights (a classification head) must come out the same on every rank ...
         seed_everything(self.work.training.seed)
         model = load_model(
@@ -323,6 +336,11 @@ class _Attempt:
             )
             result = self.reporter.progress.to_wire() | {"finishedAt": datetime.now(UTC).isoformat()}
             self.store.put_bytes(RESULT_FILE, json.dumps(result, indent=1).encode())
+
+
+def _seed(*parts: int) -> int:
+    """One seed of several numbers."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 def seed_everything(seed: int) -> None:

@@ -34,7 +34,9 @@ class CheckpointPolicy(ApiModel):
         default=300, ge=1, le=3600, description="Longest wait for the commit when asked to stop."
     )
     on_world_size_change: Literal["refuse", "convert"] = Field(
-        default="refuse", description="What to do with a checkpoint of another number of ranks."
+        default="convert",
+        description="What to do with a checkpoint of another number of ranks. convert: once, by the first rank; random "
+        "generators start anew. refuse: the attempt fails, naming both numbers.",
     )
 
     rules = (

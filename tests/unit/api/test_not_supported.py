@@ -26,7 +26,6 @@ NOT_YET = [
     ({"spec.deepspeed.offload": {"optimizer": "cpu"}}, "spec.deepspeed.offload.optimizer"),
     ({"spec.deepspeed.offload": {"params": "cpu"}}, "spec.deepspeed.offload.params"),
     ({"spec.nodePools": [{"name": "gpu", "avoidFailedNodes": True}]}, "spec.nodePools[].avoidFailedNodes"),
-    ({"spec.checkpoint.onWorldSizeChange": "convert"}, "spec.checkpoint.onWorldSizeChange"),
     ({"spec.export.mergeLora": False}, "spec.export.mergeLora"),
     ({"spec.export.pushToHub": {"repoId": "a/b"}}, "spec.export.pushToHub"),
     ({"spec.tracking.mlflow": {"trackingUri": "http://m"}}, "spec.tracking.mlflow"),
@@ -67,7 +66,6 @@ def test_values_without_effect_may_be_written_out(manifest):
         "spec.execution.attention": "eager",
         "spec.execution.lossKernel": "standard",
         "spec.deepspeed.offload": {"optimizer": "none", "params": "none"},
-        "spec.checkpoint.onWorldSizeChange": "refuse",
     }
     assert check(parse(manifest(edits))) == ()
 

@@ -7,9 +7,10 @@ whole checkpoint or a folder without COMMIT.json, which nobody reads and the nex
 
 The threads have a process group of their own, with one collective per save: they cannot mix with those of the loop. How a save
 ended the loop learns in `settle`, where rank 0's word counts for all ranks, so that all of them go on with the same commits.
+
+A commit of another number of ranks is converted at the start, once, by rank 0 (see `universal`).
 """
 
-import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ from pydantic import TypeAdapter
 from dsft_api.conditions import FailureClass
 from dsft_api.layout import CHECKPOINTS
 from dsft_trainer import collectives
+from dsft_trainer.checkpoint import files, universal
 from dsft_trainer.checkpoint.background import Task
 from dsft_trainer.checkpoint.backoff import patiently
 from dsft_trainer.checkpoint.commits import (
@@ -31,15 +33,17 @@ from dsft_trainer.checkpoint.commits import (
     Commit,
     CommittedFile,
     commit_name,
+    parse_name,
     superfluous,
 )
 from dsft_trainer.checkpoint.listing import Retention, make_claim, manifest, read_claims, read_commits
-from dsft_trainer.checkpoint.store import ObjectMissingError, Store, put_files
-from dsft_trainer.errors import TrainerError
+from dsft_trainer.checkpoint.store import Store
+from dsft_trainer.errors import TrainerError, failure_of
 from dsft_trainer.runtime import Place
 
 log = logging.getLogger(__name__)
 _FILES = TypeAdapter(tuple[CommittedFile, ...])
+Convert = Callable[[Path, Path], None]
 
 
 class Staged(Protocol):
@@ -51,7 +55,7 @@ class Staged(Protocol):
 
 
 class Shards(Protocol):
-    """What is saved: the engine's state of this rank. Both calls are collective."""
+    """What is saved: the engine's state of this rank. All calls are collective."""
 
     def stage(self, folder: Path, tag: str) -> Staged:
         """Copy the state into memory; what was staged before is no longer needed. `folder` is for what cannot be."""
@@ -59,6 +63,10 @@ class Shards(Protocol):
 
     def load(self, folder: Path, tag: str) -> None:
         """Take the state over from `folder/tag`, which holds this rank's files."""
+        ...
+
+    def load_universal(self, folder: Path, tag: str) -> None:
+        """Take the state over from `folder/tag`, a converted checkpoint that all ranks of this node read."""
         ...
 
 
@@ -82,19 +90,23 @@ class Identity:
     versions: Mapping[str, str]
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 class Checkpointer:
     """One group start's view of the run's checkpoints. All methods are collective; `saving` is this rank's own.
 
     One save at a time: `start` it, and `settle` it before the next. `before_commit` runs on rank 0's thread between the
-    uploads and the commit.
+    uploads and the commit. `convert` makes a universal checkpoint (its second path) of the whole one in its first; without
+    it, a commit of another number of ranks is refused.
     """
 
-    def __init__(self, store: Store, place: Place, scratch: Path, identity: Identity, retention: Retention) -> None:
+    def __init__(
+        self,
+        store: Store,
+        place: Place,
+        scratch: Path,
+        identity: Identity,
+        retention: Retention,
+        convert: Convert | None = universal.convert,
+    ) -> None:
         self.before_commit: Callable[[], None] = lambda: None
         self.store = store
         self.place = place
@@ -103,6 +115,8 @@ class Checkpointer:
         self.retention = retention
         self.commits: list[Commit] = []
         self.base: Commit | None = None
+        self._convert = convert
+        self._conversion: universal.Conversion | None = None
         self._claim: ClaimId | None = None
         self._group = collectives.side_group()
         self._task: Task[Commit | None] | None = None
@@ -116,18 +130,17 @@ class Checkpointer:
         return self._claim
 
     def begin(self, attempt: int) -> Commit | None:
-        """Find the newest whole commit, fetch this rank's files of it, and claim a group start based on it.
+        """Find the newest whole commit, fetch what this rank needs of it, and claim a group start based on it.
 
         Returns the commit to `load`, or None to start from the beginning. A commit whose files do not match their
         checksums is passed over for the one before it.
 
         Raises:
-            TrainerError: ConfigInvalid if the commit was written by another number of ranks.
+            TrainerError: ConfigInvalid if the commit was written by another number of ranks, and may not be converted.
         """
         commits = collectives.on_first(self.place.is_first, lambda: read_commits(self.store))
         while commits:
             candidate = commits[-1]
-            self._refuse_other_world_size(candidate)
             if self._fetched_everywhere(candidate):
                 break
             log.warning("checkpoint %s does not match its checksums: falling back to the one before it", candidate.name)
@@ -140,12 +153,36 @@ class Checkpointer:
         collectives.on_first(self.place.is_first, self._sweep)
         return self.base
 
+    @property
+    def resized(self) -> bool:
+        """Whether the base was written by another number of ranks; it must be converted before it is loaded."""
+        return self.base is not None and self.base.world_size != self.place.world_size
+
+    def convert(self) -> None:
+        """Convert a base of another number of ranks, unless a start before this one has, and fetch the result.
+
+        Raises:
+            TrainerError: whatever kept rank 0 from it.
+        """
+        base, convert = self.base, self._convert
+        if base is None or convert is None or not self.resized or self._conversion is not None:
+            return
+        self._conversion = collectives.on_first(self.place.is_first, lambda: self._converted(base, convert))
+        if not self._conversion_fetched(self._conversion):
+            raise TrainerError(FailureClass.UNKNOWN, f"the conversion of {base.name} did not arrive whole on all nodes")
+
     def load(self, shards: Shards) -> None:
-        """Load the files that `begin` fetched."""
+        """Load the files that `begin` and `convert` fetched."""
         if self.base is None:
             return
-        shards.load(self._restore_folder, self.base.name)
-        shutil.rmtree(self._restore_folder, ignore_errors=True)
+        if not self.resized:
+            shards.load(self._restore_folder, self.base.name)
+            shutil.rmtree(self._restore_folder, ignore_errors=True)
+            return
+        shards.load_universal(self._universal_folder, self.base.name)
+        # All ranks of a node read the same files.
+        collectives.barrier()
+        shutil.rmtree(self._universal_folder, ignore_errors=True)
 
     @property
     def pending(self) -> bool:
@@ -208,31 +245,63 @@ class Checkpointer:
     def _save_folder(self) -> Path:
         return self.scratch / "save" / f"rank-{self.place.rank}"
 
-    def _refuse_other_world_size(self, commit: Commit) -> None:
-        if commit.world_size != self.place.world_size:
-            raise TrainerError(
-                FailureClass.CONFIG_INVALID,
-                f"checkpoint {commit.name} was written by {commit.world_size} ranks, and {self.place.world_size} would load it",
-                f"run with {commit.world_size} ranks again (spec.nodePools, or --workers), or start again with --fresh",
-            )
+    @property
+    def _universal_folder(self) -> Path:
+        """Shared by the ranks of a node."""
+        return self.scratch / "restore" / "universal"
 
     def _fetched_everywhere(self, commit: Commit) -> bool:
-        return all(collectives.gather(collectives.together(lambda: self._fetch(commit))))
+        """Whether all ranks have what they need of a commit; False if a file is missing or differs."""
+        if commit.world_size == self.place.world_size:
+            return all(collectives.gather(collectives.together(lambda: self._fetch(commit, {self.place.rank}))))
+        self._refuse_unless_convertible(commit)
+        found = collectives.on_first(self.place.is_first, lambda: universal.find(self.store, commit))
+        if found is not None and self._conversion_fetched(found):
+            self._conversion = found
+            return True
+        return collectives.on_first(self.place.is_first, lambda: self._fetch(commit, set(range(commit.world_size))))
 
-    def _fetch(self, commit: Commit) -> bool:
-        """Download this rank's files; False if one is missing or differs."""
-        target = self._restore_folder / commit.name
-        for file in commit.files:
-            if file.rank != self.place.rank:
-                continue
-            path = target / file.path
-            try:
-                self.store.get_file(f"{CHECKPOINTS}/{commit.name}/{file.path}", path)
-            except ObjectMissingError:
-                return False
-            if path.stat().st_size != file.size or _sha256(path) != file.sha256:
-                return False
-        return True
+    def _refuse_unless_convertible(self, commit: Commit) -> None:
+        if self._convert is None:
+            raise TrainerError(
+                FailureClass.CONFIG_INVALID,
+                f"spec.checkpoint.onWorldSizeChange is refuse: checkpoint {commit.name} was written by "
+                f"{commit.world_size} ranks, and {self.place.world_size} would load it",
+                f"write convert there, run with {commit.world_size} ranks again (spec.nodePools, or --workers), "
+                "or start again with --fresh",
+            )
+
+    def _fetch(self, commit: Commit, ranks: set[int]) -> bool:
+        wanted = [file for file in commit.files if file.rank in ranks]
+        return files.fetch(self.store, commit.folder, wanted, self._restore_folder / commit.name)
+
+    def _conversion_fetched(self, conversion: universal.Conversion) -> bool:
+        """Whether all nodes have a conversion, each by its first rank."""
+        folder = self._universal_folder / conversion.source
+
+        def fetch() -> bool:
+            return not self.place.is_first_on_node or conversion.fetch(self.store, folder)
+
+        return all(collectives.gather(collectives.together(fetch)))
+
+    def _converted(self, base: Commit, convert: Convert) -> universal.Conversion:
+        """Convert the base, whose files are here, and commit the result; on rank 0."""
+        source, target = self._restore_folder / base.name, self.scratch / "convert" / base.name
+        log.info("converting checkpoint %s of %d ranks for %d", base.name, base.world_size, self.place.world_size)
+        try:
+            convert(source, target)
+            shutil.rmtree(self._restore_folder, ignore_errors=True)
+            return universal.publish(self.store, base, self.claim, target)
+        except Exception as error:
+            cause = failure_of(error)
+            raise TrainerError(
+                cause.failure_class,
+                f"checkpoint {base.name} of {base.world_size} ranks was not converted for {self.place.world_size}: "
+                f"{cause.message}",
+                cause.remedy,
+            ) from error
+        finally:
+            shutil.rmtree(target.parent, ignore_errors=True)
 
     def _save(self, staged: Staged, draft: Commit) -> Commit | None:
         """All of a save but the copy, on this rank's thread; the commit on rank 0."""
@@ -250,30 +319,19 @@ class Checkpointer:
         folder = self._save_folder / name
         try:
             staged.write(folder)
-            paths = sorted(path for path in folder.rglob("*") if path.is_file())
-            files = [
-                CommittedFile(
-                    path=path.relative_to(folder).as_posix(),
-                    size=path.stat().st_size,
-                    sha256=_sha256(path),
-                    rank=self.place.rank,
-                )
-                for path in paths
-            ]
-            put_files(self.store, [(folder / file.path, f"{CHECKPOINTS}/{name}/{file.path}") for file in files])
+            sent = files.upload(self.store, folder, f"{CHECKPOINTS}/{name}", self.place.rank)
         finally:
             shutil.rmtree(self._save_folder, ignore_errors=True)
-        self.store.put_bytes(f"{CHECKPOINTS}/{name}/rank-{self.place.rank}.json", _FILES.dump_json(tuple(files)))
+        self.store.put_bytes(f"{CHECKPOINTS}/{name}/rank-{self.place.rank}.json", _FILES.dump_json(sent))
 
     def _commit(self, draft: Commit) -> Commit:
         manifests = [
             self.store.get_bytes(f"{CHECKPOINTS}/{draft.name}/rank-{rank}.json") or b"[]"
             for rank in range(draft.world_size)
         ]
-        files = tuple(file for text in manifests for file in _FILES.validate_json(text))
-        sizes = {entry.key: entry.size for entry in self.store.list(f"{CHECKPOINTS}/{draft.name}/")}
-        short = [f.path for f in files if sizes.get(f"{CHECKPOINTS}/{draft.name}/{f.path}") != f.size]
-        if short or {file.rank for file in files} != set(range(draft.world_size)):
+        sent = tuple(file for text in manifests for file in _FILES.validate_json(text))
+        short = files.missing(self.store, draft.folder, sent)
+        if short or {file.rank for file in sent} != set(range(draft.world_size)):
             raise TrainerError(
                 FailureClass.UNKNOWN, f"checkpoint {draft.name} did not arrive whole in {self.store.uri}: {short}"
             )
@@ -283,7 +341,7 @@ class Checkpointer:
                 FailureClass.HEAD_LOST,
                 f"{newest} has taken this run over from {self.claim}, which stops without a commit",
             )
-        commit = draft.model_copy(update={"files": files})
+        commit = draft.model_copy(update={"files": sent})
         self.store.put_bytes(commit.key, manifest(commit))
         return commit
 
@@ -306,6 +364,9 @@ class Checkpointer:
         try:
             self._delete_folders(self._doomed)
             self._doomed = set()
+            if self._conversion is not None:
+                universal.sweep(self.store, self.claim)
+                self._conversion = None
         except TrainerError as error:
             log.warning("old checkpoints could not be deleted, for now: %s", error)
 
@@ -313,9 +374,13 @@ class Checkpointer:
         """Remove what crashes, superseded groups and an interrupted retirement left behind."""
         kept = {commit.name for commit in self.commits}
         present = {entry.key.split("/")[1] for entry in self.store.list(f"{CHECKPOINTS}/")}
-        if present - kept:
-            log.info("sweeping checkpoints that do not count: %s", ", ".join(sorted(present - kept)))
-            self._delete_folders(present - kept)
+        # A start that froze between its claim and here must not touch what its successors wrote.
+        later = {name for name in present if (parsed := parse_name(name)) and parsed[1] > self.claim}
+        doomed = present - kept - later
+        if doomed:
+            log.info("sweeping checkpoints that do not count: %s", ", ".join(sorted(doomed)))
+            self._delete_folders(doomed)
+        universal.sweep(self.store, self.claim, kept=self._conversion)
 
     def _delete_folders(self, names: set[str]) -> None:
         for name in sorted(names):

@@ -18,7 +18,7 @@ from dsft_api.status import CheckpointRef, Metrics, Time
 
 COMMIT_FILE = "COMMIT.json"
 _NAME = re.compile(r"^step-(\d{8})-a(\d+)\.g(\d+)$")
-_CLAIM = re.compile(r"^attempts/a(\d+)\.g(\d+)\.json$")
+_CLAIM = re.compile(r"^a(\d+)\.g(\d+)$")
 
 
 @total_ordering
@@ -40,10 +40,16 @@ class ClaimId(ApiModel):
         return f"{ATTEMPTS}/{self}.json"
 
     @staticmethod
+    def parse(text: str) -> "ClaimId | None":
+        """The id that `str` gave; None for other texts."""
+        match = _CLAIM.match(text)
+        return ClaimId(attempt=int(match[1]), group=int(match[2])) if match else None
+
+    @staticmethod
     def from_key(key: str) -> "ClaimId | None":
         """The id of a claim's key; None for other keys."""
-        match = _CLAIM.match(key)
-        return ClaimId(attempt=int(match[1]), group=int(match[2])) if match else None
+        folder, _, name = key.partition("/")
+        return ClaimId.parse(name.removesuffix(".json")) if folder == ATTEMPTS and name.endswith(".json") else None
 
 
 class Claim(ApiModel):
@@ -84,9 +90,14 @@ class Commit(ApiModel):
     time: Time
 
     @property
+    def folder(self) -> str:
+        """Where its files are in the run's folder."""
+        return f"{CHECKPOINTS}/{self.name}"
+
+    @property
     def key(self) -> str:
         """Where COMMIT.json is in the run's folder."""
-        return f"{CHECKPOINTS}/{self.name}/{COMMIT_FILE}"
+        return f"{self.folder}/{COMMIT_FILE}"
 
     @property
     def bytes(self) -> int:
