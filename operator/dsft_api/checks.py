@@ -27,6 +27,7 @@ _METRIC_TASK: dict[str, Task] = {
 
 # Settings of the built-in training.
 _BUILT_IN_ONLY = (
+    "startFrom",
     "evaluation.everySteps",
     "evaluation.metric",
     "evaluation.mode",
@@ -40,6 +41,7 @@ _BUILT_IN_ONLY = (
     "checkpoint.everyMinutes",
     "checkpoint.interval",
     "checkpoint.maxFailures",
+    "checkpoint.onWorldSizeChange",
     "checkpoint.keepLast",
     "checkpoint.keepBest",
     "checkpoint.drainSeconds",

@@ -32,7 +32,6 @@ NOT_BUILT = (
     NotBuilt(
         "program.source", "code from outside the trainer image is not built yet; install it in an image of your own"
     ),
-    NotBuilt("startFrom", "starting from another run's checkpoint is not built yet"),
     NotBuilt("model.trustRemoteCode", "code from model repositories is never run", (False,)),
     NotBuilt("data.mixture", "mixing data sets is not built yet; use data.train"),
     NotBuilt("data.packing", "packing is not built yet", (False,)),

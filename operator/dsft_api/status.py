@@ -41,6 +41,8 @@ class Inputs(ApiModel):
     data_digest: str | None = Field(
         default=None, max_length=128, description="Digest of the training and evaluation data."
     )
+    start_uri: str | None = Field(default=None, max_length=1024, description="The checkpoint that startFrom chose.")
+    start_digest: str | None = Field(default=None, max_length=128, description="Digest of its COMMIT.json.")
 
 
 class Resolved(Inputs):

@@ -159,9 +159,9 @@ def test_somebody_elses_cluster_is_left_alone(scene: Scene, kuberay: None) -> No
 
 def test_what_is_not_built_is_refused_by_name(scene: Scene, kuberay: None) -> None:
     scene.operator.start()
-    scene.apply(startFrom={"run": "old"})
+    scene.apply(tracking={"wandb": {"project": "p"}})
     scene.until("refused", lambda: scene.condition("Accepted").get("status") == "False")
     assert scene.condition("Accepted")["reason"] == "NotSupported"
-    assert "spec.startFrom" in scene.status()["message"]
+    assert "spec.tracking.wandb" in scene.status()["message"]
     assert scene.condition("Stalled")["status"] == "True"
     assert scene.clusters() == []

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,8 +10,10 @@ import torch.distributed as dist
 
 from dsft_api.conditions import FailureClass
 from dsft_trainer.checkpoint import universal
-from dsft_trainer.checkpoint.checkpointer import Checkpointer, Convert, Identity, Point
+from dsft_trainer.checkpoint.checkpointer import Checkpointer, Identity, Point
 from dsft_trainer.checkpoint.listing import Retention, read_commits
+from dsft_trainer.checkpoint.origin import Origin
+from dsft_trainer.checkpoint.restore import Convert, Restorer
 from dsft_trainer.checkpoint.store import Store, open_store
 from dsft_trainer.errors import TrainerError
 from dsft_trainer.runtime import Place
@@ -47,6 +49,10 @@ class State:
     def load_universal(self, folder: Path, tag: str) -> None:
         self.value = (folder / tag / "zero" / "whole.pt").read_text()
 
+    def load_weights(self, folder: Path, tag: str) -> None:
+        self.load_universal(folder, tag)
+        self.value = f"weights of {self.value}"
+
 
 class Copied:
     """The state as it was."""
@@ -71,25 +77,34 @@ class Start:
         retention: Retention = KEEP_TEN,
         world_size: int = 1,
         convert: Convert | None = None,
+        origin: Callable[[], Origin] | None = None,
     ) -> None:
         # Each start is another machine: it finds nothing of the one before.
         shutil.rmtree(scratch, ignore_errors=True)
+        place = Place(rank=0, world_size=world_size, local_rank=0)
         self.checkpointer = Checkpointer(
             store,
-            Place(rank=0, world_size=world_size, local_rank=0),
+            place,
             scratch,
             Identity(spec_hash="sha256:0", zero_stage=3, precision="fp32", versions={"torch": "2"}),
             retention,
-            convert,
+            Restorer(
+                store,
+                place,
+                scratch,
+                on_world_size_change="convert" if convert else "refuse",
+                convert=convert or Converter(),
+                origin=origin,
+            ),
         )
         self.state = State()
 
     def begin(self, attempt: int) -> int:
         """Claim and load; the step to go on from."""
-        base = self.checkpointer.begin(attempt)
+        self.checkpointer.begin(attempt)
         self.checkpointer.convert()
         self.checkpointer.load(self.state)
-        return base.step if base else 0
+        return self.checkpointer.restorer.first_step
 
     def save(self, step: int, loss: float | None = None) -> str:
         """Commit a state that tells its step; the checkpoint's name."""
@@ -120,7 +135,7 @@ def test_a_new_start_goes_on_from_the_newest_commit(store: Store, tmp_path: Path
     assert second.begin(1) == 6
     assert second.state.value == "step 6 of a1.g1"
     assert str(second.checkpointer.claim) == "a1.g2"
-    base = second.checkpointer.base
+    base = second.checkpointer.restorer.base
     assert base is not None
     assert (base.name, base.samples, base.epoch, base.metrics) == (name, 48, 0.6, {"loss": 0.5})
     second.save(9)
@@ -205,7 +220,7 @@ def test_when_no_commit_is_whole_training_begins_anew(store: Store, tmp_path: Pa
         store.put_bytes(f"checkpoints/{first.save(step)}/model.pt", b"?")
     second = Start(store, tmp_path / "scratch")
     assert second.begin(2) == 0
-    assert second.checkpointer.base is None
+    assert second.checkpointer.restorer.base is None
     assert folders(store) == set()
 
 

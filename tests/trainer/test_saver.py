@@ -172,7 +172,7 @@ def test_a_commit_that_is_refused_is_never_listed(store: Store, proxy: FaultyS3,
     start.save(3)
     assert not start.saver.settle()
     assert steps(store) == []
-    assert Start(store, tmp_path / "again").checkpointer.base is None
+    assert Start(store, tmp_path / "again").checkpointer.restorer.base is None
 
 
 def test_too_many_failures_in_a_row_end_the_attempt(store: Store, proxy: FaultyS3, tmp_path: Path) -> None:

@@ -77,6 +77,11 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
     return [group for group in groups if group["params"]]
 
 
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group without its parameters."""
+    return {name: value for name, value in group.items() if name != "params"}
+
+
 @dataclass(frozen=True)
 class StepInfo:
     """What one optimizer step did."""
@@ -176,6 +181,17 @@ class Engine:
         self._load(folder, tag)
         self._complete_optimizer(torch.load(folder / tag / "zero" / "optimizer_state.pt", weights_only=False))
 
+    def load_weights(self, folder: Path, tag: str) -> None:
+        """Take only the weights over from such a checkpoint: optimizer and schedule are as if it had just been made."""
+        optimizer: torch.optim.Optimizer = self.deepspeed.optimizer.optimizer
+        fresh = [_settings(group) for group in optimizer.param_groups]
+        self._load(folder, tag, load_lr_scheduler_states=False)
+        for group, settings in zip(optimizer.param_groups, fresh, strict=True):
+            group.update(settings)
+        for state in optimizer.state.values():
+            state.update({name: torch.zeros_like(value) for name, value in state.items()})
+        self.deepspeed.global_steps = self.deepspeed.global_samples = self.deepspeed.skipped_steps = 0
+
     def _complete_optimizer(self, saved: Mapping[str, Any]) -> None:
         """Put right what DeepSpeed 0.19 makes of torch's AdamW when it loads a universal checkpoint.
 
@@ -185,14 +201,31 @@ class Engine:
         optimizer: torch.optim.Optimizer = self.deepspeed.optimizer.optimizer
         groups = saved["optimizer_state_dict"]["param_groups"]
         for group, was in zip(optimizer.param_groups, groups, strict=True):
-            group.update({name: value for name, value in was.items() if name != "params"})
+            group.update(_settings(was))
         for state in optimizer.state.values():
             state["step"] = state["step"].clone()
 
-    def _load(self, folder: Path, tag: str) -> None:
-        path, _ = self.deepspeed.load_checkpoint(str(folder), tag=tag)
+    def _load(self, folder: Path, tag: str, **options: bool) -> None:
+        self._check_model(folder / tag)
+        path, _ = self.deepspeed.load_checkpoint(str(folder), tag=tag, **options)
         if path is None:
             raise TrainerError(FailureClass.UNKNOWN, f"DeepSpeed found nothing to load in checkpoint {tag}")
+
+    def _check_model(self, folder: Path) -> None:
+        """Refuse a checkpoint of another model, which DeepSpeed would load as far as its numbers go."""
+        states = torch.load(next(folder.glob("*_model_states.pt")), weights_only=False, mmap=True)
+        there = {name: tuple(shape) for group in states["param_shapes"] for name, shape in group.items()}
+        here = {
+            name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.model.named_parameters() if p.requires_grad
+        }
+        for name in sorted(there.keys() | here.keys()):
+            if there.get(name) != here.get(name):
+                raise TrainerError(
+                    FailureClass.CONFIG_INVALID,
+                    f"checkpoint {folder.name} is of another model: {name} is {there.get(name)} there and "
+                    f"{here.get(name)} here",
+                    "start from a run of the same model",
+                )
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """All weights gathered, on rank 0's CPU; empty elsewhere. Collective."""

@@ -15,6 +15,8 @@ from dsft_api.conditions import FailureClass
 from dsft_api.job import Job
 from dsft_api.spec.identity import DatasetSource
 from dsft_api.status import Inputs
+from dsft_trainer.checkpoint.origin import Pin, choose
+from dsft_trainer.checkpoint.store import open_store
 from dsft_trainer.data.formats import eval_source
 from dsft_trainer.data.sources import fetch, hub_error, s3_objects
 from dsft_trainer.errors import TrainerError
@@ -30,7 +32,8 @@ def pinned(job: Job, known: Inputs) -> Job:
     """The job with `resolved` complete, and with the Hub's commits in place of branches. `known`: by earlier attempts.
 
     Raises:
-        TrainerError: ModelDenied or DataInvalid for what is not there; DataInvalid if the data is not what it was.
+        TrainerError: ModelDenied, DataInvalid or (startFrom) ConfigInvalid for what is not there; DataInvalid if the data
+            is not what it was.
     """
     work = job.spec.workload()
     model_commit = known.model_revision or _commit(work.model.uri, work.model.revision, "model")
@@ -46,8 +49,30 @@ def pinned(job: Job, known: Inputs) -> Job:
             f"the data is not what the run began with: its digest is {digest}, and was {known.data_digest}",
             "put the data back as it was, or start a new run on the new data",
         )
-    found = Inputs(model_revision=model_commit, data_revision=data_commit, data_digest=known.data_digest or digest)
+    start = _start(job, known)
+    found = Inputs(
+        model_revision=model_commit,
+        data_revision=data_commit,
+        data_digest=known.data_digest or digest,
+        start_uri=start.uri if start else None,
+        start_digest=start.digest if start else None,
+    )
     return job.model_copy(update={"resolved": found})
+
+
+def _start(job: Job, known: Inputs) -> Pin | None:
+    """The checkpoint that `spec.startFrom` meant when the run began."""
+    if job.spec.start_from is None:
+        return None
+    if known.start_uri and known.start_digest:
+        return Pin(known.start_uri, known.start_digest)
+    storage = job.spec.storage
+    return choose(
+        job.spec.start_from,
+        job.storage_prefix,
+        job.spec.evaluation,
+        lambda uri: open_store(uri, endpoint_url=storage.endpoint_url, region=storage.region),
+    )
 
 
 def data_digest(job: Job) -> str | None:

@@ -25,9 +25,10 @@ from dsft_api.layout import RESULT_FILE
 from dsft_api.progress import TrainerPhase
 from dsft_api.status import EvaluationStatus, Output
 from dsft_trainer import collectives
-from dsft_trainer.checkpoint import universal
 from dsft_trainer.checkpoint.checkpointer import Checkpointer, Identity
 from dsft_trainer.checkpoint.listing import Retention, read_claims, references
+from dsft_trainer.checkpoint.origin import Origin, Pin, open_origin
+from dsft_trainer.checkpoint.restore import Restorer
 from dsft_trainer.checkpoint.saver import Cadence, Saver, seconds_between_failures
 from dsft_trainer.checkpoint.store import Store, open_store
 from dsft_trainer.data.collate import Collator
@@ -121,7 +122,6 @@ class _Attempt:
 
     def _run(self) -> Outcome:
         checkpointer = self._begin()
-        base = checkpointer.base
         self.reporter.update(phase=TrainerPhase.LOADING, message="loading model and data")
         folder = self._once_per_node(
             lambda: fetch(
@@ -138,19 +138,21 @@ class _Attempt:
         self.beat()
         batches = GlobalBatches(len(data.train), self.work.training.global_batch_size, self.work.training.seed)
         schedule = self._schedule(batches, has_eval=data.eval is not None)
-        engine = self._engine(folder, tokenizer, data, schedule.total_steps, resized=checkpointer.resized)
+        engine = self._engine(
+            folder, tokenizer, data, schedule.total_steps, universal=checkpointer.restorer.must_convert
+        )
         self.beat()
         checkpointer.load(engine)
-        if base is not None and checkpointer.resized:
+        if checkpointer.restorer.resized:
             # The generators of other ranks are not ours to go on with: draw anew, and not what the first step drew.
-            seed_everything(_seed(self.work.training.seed, base.step, self.place.rank))
+            seed_everything(_seed(self.work.training.seed, checkpointer.restorer.first_step, self.place.rank))
         self.beat()
         metrics = self._metrics_log(str(checkpointer.claim))
         if metrics is not None:
             checkpointer.before_commit = metrics.upload
         trainer = self._trainer(engine, data, batches, tokenizer, checkpointer, schedule, metrics)
         try:
-            outcome = trainer.run(base.step if base else 0)
+            outcome = trainer.run(checkpointer.restorer.first_step)
         finally:
             # Also when it failed: a save that is on its way may still count, and the last lines are those that explain.
             checkpointer.close(self.spec.checkpoint.drain_seconds)
@@ -178,22 +180,38 @@ class _Attempt:
                 versions=versions(),
             ),
             Retention(policy.keep_last, policy.keep_best, evaluation.metric, evaluation.larger_is_better),
-            universal.convert if policy.on_world_size_change == "convert" else None,
+            Restorer(
+                self.store,
+                self.place,
+                self.scratch,
+                on_world_size_change=policy.on_world_size_change,
+                origin=self._origin() if self.spec.start_from else None,
+            ),
         )
         base = checkpointer.begin(self.job.attempt)
         log.info("%s starts from %s", checkpointer.claim, base.name if base else "the beginning")
         self.reporter.update(
             group=checkpointer.claim.group,
-            from_step=base.step if base else 0,
+            from_step=checkpointer.restorer.first_step,
             checkpoints=references(self.job.storage_prefix, checkpointer.commits, checkpointer.retention),
         )
-        if base is not None and checkpointer.resized:
+        if base is not None and checkpointer.restorer.must_convert:
             self.beat()
-            change = f"from {base.world_size} to {self.place.world_size} ranks"
+            change = f"of {base.world_size} ranks, for {self.place.world_size}"
             self.reporter.update(phase=TrainerPhase.LOADING, message=f"converting checkpoint {base.name} {change}")
             checkpointer.convert()
             self.beat()
         return checkpointer
+
+    def _origin(self) -> Callable[[], Origin]:
+        """Opens the checkpoint of another run that the first attempt chose."""
+        start, known, storage = self.spec.start_from, self.job.resolved, self.spec.storage
+        pin = Pin(known.start_uri or "", known.start_digest or "") if known else Pin("", "")
+
+        def open_(uri: str) -> Store:
+            return open_store(uri, endpoint_url=storage.endpoint_url, region=storage.region)
+
+        return lambda: open_origin(pin, weights_only=start is not None and start.mode == "weights", open_=open_)
 
     def _once_per_node(self, action: Callable[[], Path]) -> Path:
         """Run an action on each node's first rank; the other ranks get the same path afterwards."""
@@ -236,12 +254,12 @@ class _Attempt:
         return Saver(checkpointer, cadence, max_failures=policy.max_failures)
 
     def _engine(
-        self, folder: Path, tokenizer: PreTrainedTokenizerBase, data: Prepared, total_steps: int, *, resized: bool
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase, data: Prepared, total_steps: int, *, universal: bool
     ) -> Engine:
         plan = plan_batch(
             self.work.training.global_batch_size, self.place.world_size, self.spec.execution.micro_batch_size
         )
-        config = deepspeed_config(self.spec, plan, universal=resized)
+        config = deepspeed_config(self.spec, plan, universal=universal)
         # New weights (a classification head) must come out the same on every rank ...
         seed_everything(self.work.training.seed)
         model = load_model(

@@ -277,10 +277,13 @@ class ProgramSpec(ApiModel):
 
 
 class StartFrom(ApiModel):
-    """Start from a checkpoint of another run of the same namespace."""
+    """Start from a checkpoint of another run of the same namespace and `storage.uri`, chosen by the first attempt."""
 
     run: ObjectName = Field(description="Name of the run.")
-    checkpoint: str = Field(default="latest", max_length=128, description="latest, best, or a checkpoint's name.")
+    checkpoint: str = Field(
+        default="latest", max_length=128, description="latest, best (by evaluation.metric), or a checkpoint's name."
+    )
     mode: Literal["resume", "weights"] = Field(
-        default="resume", description="Take everything over, or the weights only."
+        default="resume",
+        description="resume: go on with weights, optimizer, schedule and step. weights: begin at step 0 with its weights.",
     )

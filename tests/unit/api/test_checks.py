@@ -288,7 +288,17 @@ def test_a_program_stands_alone(manifest):
 
 
 def test_settings_of_the_built_in_training_have_no_effect_on_a_program(manifest):
-    edits = {**PROGRAM, "spec.checkpoint": {"everySteps": 5}, "spec.execution": {"device": "cpu", "microBatchSize": 4}}
+    edits = {
+        **PROGRAM,
+        "spec.checkpoint": {"everySteps": 5, "onWorldSizeChange": "refuse"},
+        "spec.execution": {"device": "cpu", "microBatchSize": 4},
+        "spec.startFrom": {"run": "old"},
+    }
     found = problems_of(manifest(edits))
-    assert {problem.field for problem in found} == {"spec.checkpoint.everySteps", "spec.execution.microBatchSize"}
+    assert {problem.field for problem in found} == {
+        "spec.checkpoint.everySteps",
+        "spec.checkpoint.onWorldSizeChange",
+        "spec.execution.microBatchSize",
+        "spec.startFrom",
+    }
     assert {problem.message for problem in found} == {"has no effect with spec.program"}

@@ -11,7 +11,6 @@ from dsft_api.wording import fields_at
 
 # What the user wrote -> the field that is refused.
 NOT_YET = [
-    ({"spec.startFrom": {"run": "other"}}, "spec.startFrom"),
     ({"spec.model.trustRemoteCode": True}, "spec.model.trustRemoteCode"),
     ({"spec.data.packing": True}, "spec.data.packing"),
     (

@@ -61,7 +61,7 @@ SITUATIONS: dict[str, tuple[Callable[[], Observed], list[str], Phase | None, str
     ),
     "RayClusters cannot be read": (lambda: replace(begin(), cluster=Unknown("500")), [], None, None),
     "a field that is not built": (
-        lambda: begin({"startFrom": {"run": "old"}}),
+        lambda: begin({"tracking": {"wandb": {"project": "p"}}}),
         [],
         Phase.FAILED,
         "NotSupported",
@@ -453,8 +453,10 @@ def test_a_deleted_resource_is_let_go_in_a_minute() -> None:
 
 
 def test_an_edit_that_is_refused_does_not_disturb_what_runs() -> None:
-    seen = replace(submitted_and({"startFrom": {"run": "old"}}), progress=told(TrainerPhase.TRAINING, step=1))
-    problems = begin({"startFrom": {"run": "old"}}).run.problems
+    seen = replace(
+        submitted_and({"tracking": {"wandb": {"project": "p"}}}), progress=told(TrainerPhase.TRAINING, step=1)
+    )
+    problems = begin({"tracking": {"wandb": {"project": "p"}}}).run.problems
     seen = replace(seen, run=replace(seen.run, problems=problems))
     decision = plan(seen, NOW, CONFIG)
     assert decision.actions == ()

@@ -29,7 +29,7 @@ from tests.unit.operator.situations import (
 )
 
 SUSPEND = {"suspend": True}
-REFUSED = {"startFrom": {"run": "old"}}
+REFUSED = {"tracking": {"wandb": {"project": "p"}}}
 
 
 def edited(seen: Observed, spec: dict[str, Any], generation: int = 2) -> Observed:

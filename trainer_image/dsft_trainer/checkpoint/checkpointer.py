@@ -8,7 +8,7 @@ whole checkpoint or a folder without COMMIT.json, which nobody reads and the nex
 The threads have a process group of their own, with one collective per save: they cannot mix with those of the loop. How a save
 ended the loop learns in `settle`, where rank 0's word counts for all ranks, so that all of them go on with the same commits.
 
-A commit of another number of ranks is converted at the start, once, by rank 0 (see `universal`).
+What a start goes on from is the work of `restore`.
 """
 
 import logging
@@ -36,14 +36,14 @@ from dsft_trainer.checkpoint.commits import (
     parse_name,
     superfluous,
 )
-from dsft_trainer.checkpoint.listing import Retention, make_claim, manifest, read_claims, read_commits
+from dsft_trainer.checkpoint.listing import Retention, make_claim, manifest, read_claims
+from dsft_trainer.checkpoint.restore import Loading, Restorer
 from dsft_trainer.checkpoint.store import Store
-from dsft_trainer.errors import TrainerError, failure_of
+from dsft_trainer.errors import TrainerError
 from dsft_trainer.runtime import Place
 
 log = logging.getLogger(__name__)
 _FILES = TypeAdapter(tuple[CommittedFile, ...])
-Convert = Callable[[Path, Path], None]
 
 
 class Staged(Protocol):
@@ -54,19 +54,11 @@ class Staged(Protocol):
         ...
 
 
-class Shards(Protocol):
+class Shards(Loading, Protocol):
     """What is saved: the engine's state of this rank. All calls are collective."""
 
     def stage(self, folder: Path, tag: str) -> Staged:
         """Copy the state into memory; what was staged before is no longer needed. `folder` is for what cannot be."""
-        ...
-
-    def load(self, folder: Path, tag: str) -> None:
-        """Take the state over from `folder/tag`, which holds this rank's files."""
-        ...
-
-    def load_universal(self, folder: Path, tag: str) -> None:
-        """Take the state over from `folder/tag`, a converted checkpoint that all ranks of this node read."""
         ...
 
 
@@ -94,8 +86,7 @@ class Checkpointer:
     """One group start's view of the run's checkpoints. All methods are collective; `saving` is this rank's own.
 
     One save at a time: `start` it, and `settle` it before the next. `before_commit` runs on rank 0's thread between the
-    uploads and the commit. `convert` makes a universal checkpoint (its second path) of the whole one in its first; without
-    it, a commit of another number of ranks is refused.
+    uploads and the commit.
     """
 
     def __init__(
@@ -105,7 +96,7 @@ class Checkpointer:
         scratch: Path,
         identity: Identity,
         retention: Retention,
-        convert: Convert | None = universal.convert,
+        restorer: Restorer | None = None,
     ) -> None:
         self.before_commit: Callable[[], None] = lambda: None
         self.store = store
@@ -114,9 +105,7 @@ class Checkpointer:
         self.identity = identity
         self.retention = retention
         self.commits: list[Commit] = []
-        self.base: Commit | None = None
-        self._convert = convert
-        self._conversion: universal.Conversion | None = None
+        self.restorer = restorer or Restorer(store, place, scratch)
         self._claim: ClaimId | None = None
         self._group = collectives.side_group()
         self._task: Task[Commit | None] | None = None
@@ -130,59 +119,30 @@ class Checkpointer:
         return self._claim
 
     def begin(self, attempt: int) -> Commit | None:
-        """Find the newest whole commit, fetch what this rank needs of it, and claim a group start based on it.
+        """Find what to go on from (see `Restorer.find`), and claim a group start based on it.
 
-        Returns the commit to `load`, or None to start from the beginning. A commit whose files do not match their
-        checksums is passed over for the one before it.
-
-        Raises:
-            TrainerError: ConfigInvalid if the commit was written by another number of ranks, and may not be converted.
+        Returns the commit to `load`, or None to start from the beginning.
         """
-        commits = collectives.on_first(self.place.is_first, lambda: read_commits(self.store))
-        while commits:
-            candidate = commits[-1]
-            if self._fetched_everywhere(candidate):
-                break
-            log.warning("checkpoint %s does not match its checksums: falling back to the one before it", candidate.name)
-            commits = commits[:-1]
-        self.commits = commits
-        self.base = commits[-1] if commits else None
+        restorer = self.restorer
+        restorer.find()
+        self.commits = restorer.commits
+        own, origin = (self.commits[-1] if self.commits else None), (restorer.origin.uri if restorer.origin else None)
         self._claim = collectives.on_first(
-            self.place.is_first, lambda: make_claim(self.store, attempt, self.base, self.place.world_size)
+            self.place.is_first,
+            lambda: make_claim(
+                self.store, attempt, own, self.place.world_size, origin=origin, origin_step=restorer.first_step
+            ),
         )
         collectives.on_first(self.place.is_first, self._sweep)
-        return self.base
-
-    @property
-    def resized(self) -> bool:
-        """Whether the base was written by another number of ranks; it must be converted before it is loaded."""
-        return self.base is not None and self.base.world_size != self.place.world_size
+        return restorer.base
 
     def convert(self) -> None:
-        """Convert a base of another number of ranks, unless a start before this one has, and fetch the result.
-
-        Raises:
-            TrainerError: whatever kept rank 0 from it.
-        """
-        base, convert = self.base, self._convert
-        if base is None or convert is None or not self.resized or self._conversion is not None:
-            return
-        self._conversion = collectives.on_first(self.place.is_first, lambda: self._converted(base, convert))
-        if not self._conversion_fetched(self._conversion):
-            raise TrainerError(FailureClass.UNKNOWN, f"the conversion of {base.name} did not arrive whole on all nodes")
+        """Convert what was found, if it must be, into a folder of this claim."""
+        self.restorer.convert(self.claim)
 
     def load(self, shards: Shards) -> None:
-        """Load the files that `begin` and `convert` fetched."""
-        if self.base is None:
-            return
-        if not self.resized:
-            shards.load(self._restore_folder, self.base.name)
-            shutil.rmtree(self._restore_folder, ignore_errors=True)
-            return
-        shards.load_universal(self._universal_folder, self.base.name)
-        # All ranks of a node read the same files.
-        collectives.barrier()
-        shutil.rmtree(self._universal_folder, ignore_errors=True)
+        """Load what was found, if anything."""
+        self.restorer.load(shards)
 
     @property
     def pending(self) -> bool:
@@ -238,70 +198,8 @@ class Checkpointer:
             log.warning("a checkpoint was not committed within %.0f s", seconds)
 
     @property
-    def _restore_folder(self) -> Path:
-        return self.scratch / "restore" / f"rank-{self.place.rank}"
-
-    @property
     def _save_folder(self) -> Path:
         return self.scratch / "save" / f"rank-{self.place.rank}"
-
-    @property
-    def _universal_folder(self) -> Path:
-        """Shared by the ranks of a node."""
-        return self.scratch / "restore" / "universal"
-
-    def _fetched_everywhere(self, commit: Commit) -> bool:
-        """Whether all ranks have what they need of a commit; False if a file is missing or differs."""
-        if commit.world_size == self.place.world_size:
-            return all(collectives.gather(collectives.together(lambda: self._fetch(commit, {self.place.rank}))))
-        self._refuse_unless_convertible(commit)
-        found = collectives.on_first(self.place.is_first, lambda: universal.find(self.store, commit))
-        if found is not None and self._conversion_fetched(found):
-            self._conversion = found
-            return True
-        return collectives.on_first(self.place.is_first, lambda: self._fetch(commit, set(range(commit.world_size))))
-
-    def _refuse_unless_convertible(self, commit: Commit) -> None:
-        if self._convert is None:
-            raise TrainerError(
-                FailureClass.CONFIG_INVALID,
-                f"spec.checkpoint.onWorldSizeChange is refuse: checkpoint {commit.name} was written by "
-                f"{commit.world_size} ranks, and {self.place.world_size} would load it",
-                f"write convert there, run with {commit.world_size} ranks again (spec.nodePools, or --workers), "
-                "or start again with --fresh",
-            )
-
-    def _fetch(self, commit: Commit, ranks: set[int]) -> bool:
-        wanted = [file for file in commit.files if file.rank in ranks]
-        return files.fetch(self.store, commit.folder, wanted, self._restore_folder / commit.name)
-
-    def _conversion_fetched(self, conversion: universal.Conversion) -> bool:
-        """Whether all nodes have a conversion, each by its first rank."""
-        folder = self._universal_folder / conversion.source
-
-        def fetch() -> bool:
-            return not self.place.is_first_on_node or conversion.fetch(self.store, folder)
-
-        return all(collectives.gather(collectives.together(fetch)))
-
-    def _converted(self, base: Commit, convert: Convert) -> universal.Conversion:
-        """Convert the base, whose files are here, and commit the result; on rank 0."""
-        source, target = self._restore_folder / base.name, self.scratch / "convert" / base.name
-        log.info("converting checkpoint %s of %d ranks for %d", base.name, base.world_size, self.place.world_size)
-        try:
-            convert(source, target)
-            shutil.rmtree(self._restore_folder, ignore_errors=True)
-            return universal.publish(self.store, base, self.claim, target)
-        except Exception as error:
-            cause = failure_of(error)
-            raise TrainerError(
-                cause.failure_class,
-                f"checkpoint {base.name} of {base.world_size} ranks was not converted for {self.place.world_size}: "
-                f"{cause.message}",
-                cause.remedy,
-            ) from error
-        finally:
-            shutil.rmtree(target.parent, ignore_errors=True)
 
     def _save(self, staged: Staged, draft: Commit) -> Commit | None:
         """All of a save but the copy, on this rank's thread; the commit on rank 0."""
@@ -364,9 +262,9 @@ class Checkpointer:
         try:
             self._delete_folders(self._doomed)
             self._doomed = set()
-            if self._conversion is not None:
+            if self.restorer.conversion is not None:
                 universal.sweep(self.store, self.claim)
-                self._conversion = None
+                self.restorer.conversion = None
         except TrainerError as error:
             log.warning("old checkpoints could not be deleted, for now: %s", error)
 
@@ -380,7 +278,7 @@ class Checkpointer:
         if doomed:
             log.info("sweeping checkpoints that do not count: %s", ", ".join(sorted(doomed)))
             self._delete_folders(doomed)
-        universal.sweep(self.store, self.claim, kept=self._conversion)
+        universal.sweep(self.store, self.claim, kept=self.restorer.conversion)
 
     def _delete_folders(self, names: set[str]) -> None:
         for name in sorted(names):

@@ -58,6 +58,7 @@ class Claim(ApiModel):
     id: ClaimId
     base: str | None = Field(default=None, description="Name of the commit it starts from; None: from the beginning.")
     base_step: int = 0
+    origin: str | None = Field(default=None, description="Checkpoint of another run that it starts from.")
     world_size: int
     start_time: datetime
     nonce: str = Field(description="Makes racing claims differ, so that a lost reply can be told from a lost race.")

@@ -45,13 +45,16 @@ def claimed_ids(store: Store) -> list[ClaimId]:
     return [claim for claim in ids if claim is not None]
 
 
-def make_claim(store: Store, attempt: int, base: Commit | None, world_size: int) -> ClaimId:
-    """Claim the next group start of an attempt; it goes on from `base`."""
+def make_claim(
+    store: Store, attempt: int, base: Commit | None, world_size: int, *, origin: str | None = None, origin_step: int = 0
+) -> ClaimId:
+    """Claim the next group start of an attempt; it goes on from `base`, or from the checkpoint `origin` of another run."""
     while True:
         claim = Claim(
             id=next_claim(claimed_ids(store), attempt),
             base=base.name if base else None,
-            base_step=base.step if base else 0,
+            base_step=base.step if base else origin_step,
+            origin=origin,
             world_size=world_size,
             start_time=datetime.now(UTC),
             nonce=uuid.uuid4().hex,

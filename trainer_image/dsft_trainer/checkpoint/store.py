@@ -72,6 +72,10 @@ class Store(Protocol):
         """Write an object to `path`, whole or not at all; folders are made. Raises ObjectMissingError."""
         ...
 
+    def folders(self) -> list[str]:
+        """Names of the folders directly below the root, sorted; what is in them is not looked at."""
+        ...
+
     def list(self, prefix: str = "") -> list[Entry]:
         """All objects below the folder `prefix`, sorted by key."""
         ...

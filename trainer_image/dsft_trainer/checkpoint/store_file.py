@@ -95,6 +95,12 @@ class FileStore(Store):
                 temporary.unlink(missing_ok=True)
 
     @override
+    def folders(self) -> list[str]:
+        with _explained("list", self.root), suppress(FileNotFoundError):
+            return sorted(path.name for path in self.root.iterdir() if path.is_dir() and path.name != _TEMPORARY)
+        return []
+
+    @override
     def list(self, prefix: str = "") -> list[Entry]:
         top = self.root / check_key(prefix.rstrip("/")) if prefix else self.root
         entries = []

@@ -160,6 +160,17 @@ class S3Store(Store):
                 raise
 
     @override
+    def folders(self) -> list[str]:
+        with self._explained("list", ""):
+            pages = self._client().get_paginator("list_objects_v2")
+            found = [
+                item["Prefix"].removeprefix(self.root).rstrip("/")
+                for page in pages.paginate(Bucket=self.bucket, Prefix=self.root, Delimiter="/")
+                for item in page.get("CommonPrefixes", ())
+            ]
+        return sorted(found)
+
+    @override
     def list(self, prefix: str = "") -> list[Entry]:
         folder = check_key(prefix.rstrip("/")) + "/" if prefix else ""
         with self._explained("list", folder):
