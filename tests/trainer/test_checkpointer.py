@@ -255,6 +255,19 @@ def test_a_superseded_start_stops_without_a_commit(store: Store, tmp_path: Path)
     assert folders(store) == {"step-00000003-a1.g1", "step-00000006-a2.g1"}
 
 
+def test_a_folder_that_somebody_emptied_is_told(store: Store, tmp_path: Path) -> None:
+    start = Start(store, tmp_path / "scratch")
+    start.begin(1)
+    start.save(3)
+    store.delete([entry.key for entry in store.list("")])
+    with pytest.raises(
+        TrainerError, match=r"the claim a1\.g1 of this start is gone from .*: somebody removed"
+    ) as caught:
+        start.save(6)
+    assert caught.value.failure_class is FailureClass.UNKNOWN
+    assert read_commits(store) == []
+
+
 def test_a_zombie_that_commits_in_the_last_moment_is_not_read(store: Store, tmp_path: Path) -> None:
     zombie = Start(store, tmp_path / "zombie")
     zombie.begin(1)

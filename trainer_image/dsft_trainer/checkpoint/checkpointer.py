@@ -233,15 +233,26 @@ class Checkpointer:
             raise TrainerError(
                 FailureClass.UNKNOWN, f"checkpoint {draft.name} did not arrive whole in {self.store.uri}: {short}"
             )
-        newest = max(claim.id for claim in read_claims(self.store))
-        if newest != self.claim:
+        self._check_claim()
+        commit = draft.model_copy(update={"files": sent})
+        self.store.put_bytes(commit.key, manifest(commit))
+        return commit
+
+    def _check_claim(self) -> None:
+        claims = [claim.id for claim in read_claims(self.store)]
+        newest = max(claims, default=self.claim)
+        if newest > self.claim:
             raise TrainerError(
                 FailureClass.HEAD_LOST,
                 f"{newest} has taken this run over from {self.claim}, which stops without a commit",
             )
-        commit = draft.model_copy(update={"files": sent})
-        self.store.put_bytes(commit.key, manifest(commit))
-        return commit
+        if self.claim not in claims:
+            raise TrainerError(
+                FailureClass.UNKNOWN,
+                f"the claim {self.claim} of this start is gone from {self.store.uri}: somebody removed the run's folder, "
+                "or parts of it, while it trained",
+                "leave the folder alone while the run is there; the next attempt goes on with what is left in it",
+            )
 
     def _kept(self, commit: Commit) -> list[Commit]:
         """The commits that there are with this one."""
