@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from dsft_api.conditions import Phase
 from dsft_operator.core import decision
 from dsft_operator.ports import Kube, KubeError
-from tests.unit.operator.world import KEY, MOST_PASSES_AT_ONCE, STEPS, Crash, World, settle, without_times
+from tests.unit.operator.world import KEY, MOST_PASSES_AT_ONCE, STEPS, Crash, World, outcome, settle
 
 FAULTS = ["restart_head", "lose_worker", "lose_cluster", "take_nodes", "let_a_zombie_write"]
 
@@ -27,25 +27,6 @@ def undisturbed(queued: bool) -> Any:
     world = World({"queue": {"name": "team-a"}} if queued else {}, generous=True)
     settle(world)
     return outcome(world)
-
-
-def outcome(world: World) -> Any:
-    """What must be the same however a run came to its end: all but times, and the book of how it came there."""
-    status = without_times(world.seen_status)
-    ways = (
-        "attempt",
-        "attempts",
-        "retries",
-        "ray_cluster",
-        "job",
-        "observed_generation",
-        "retry_token",
-        "resolved",
-        "logs",
-    )
-    conditions = tuple(condition.model_copy(update={"observed_generation": 1}) for condition in status.conditions)
-    checkpoints = status.checkpoints and status.checkpoints.model_copy(update={"retained": ()})
-    return status.model_copy(update={**dict.fromkeys(ways), "conditions": conditions, "checkpoints": checkpoints})
 
 
 class Storm(RuleBasedStateMachine):

@@ -5,6 +5,7 @@ Time moves only by `tick`. It counts what the laws are about: live clusters, dri
 
 import asyncio
 import copy
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from dsft_operator.core.naming import FINALIZER, ray_token
 from dsft_operator.core.observed import Cluster, Head, Pod, Queueing, RayJob, Run, Unknown, Warned
 from dsft_operator.ports import Conflict, Key, KubeError, KubeRayMissing, Manifest, RayError
 from dsft_operator.runtime.reconciler import Reconciler
-from tests.unit.operator.situations import CONFIG, NOW, OUTPUT, resource, told
+from tests.unit.operator.situations import CONFIG, NOW, OUTPUT, UID, resource, told
 
 KEY = Key("ml", "chat")
 STEPS = 6
@@ -40,17 +41,31 @@ class RayCluster:
     age: int = 0
     deleting: bool = False
     suspended: bool = False
+    queued: int = 0  # ticks
     seen: bool = True
     created: datetime = NOW
     as_made: Manifest = field(default_factory=dict[str, Any])
     session: int = 1
     jobs: dict[str, str] = field(default_factory=dict[str, str])
-    has_token: bool = False
+    ended: dict[str, datetime] = field(default_factory=dict[str, datetime])
+    token_of: str | None = None  # the cluster whose Secret its pods started with
     progress: Progress | None = None
 
     @property
+    def owner(self) -> str:
+        return self.manifest["metadata"]["ownerReferences"][0]["uid"]
+
+    @property
+    def mute_pods(self) -> tuple[Pod, ...]:
+        """The head, while it waits for the Secret."""
+        if self.age == 0 or self.token_of is not None or self.suspended or not self.seen:
+            return ()
+        waiting = ("CreateContainerConfigError", f'secret "{self.name}" not found')
+        return (Pod(f"{self.name}-head", "head", "headgroup", waiting=waiting),)
+
+    @property
     def ready(self) -> bool:
-        return self.age >= 2 and self.has_token and self.seen and not self.deleting and not self.suspended
+        return self.age >= 2 and self.token_of is not None and self.seen and not self.deleting and not self.suspended
 
 
 @dataclass
@@ -60,12 +75,14 @@ class World:
     spec: dict[str, Any] = field(default_factory=dict[str, Any])
     now: datetime = NOW
     status: dict[str, Any] = field(default_factory=dict[str, Any])
+    steps: int = STEPS
     finalizers: list[str] = field(default_factory=list[str])
     version: int = 1
     generation: int = 1
     deleting: datetime | None = None
     gone: bool = False
     clusters: dict[str, RayCluster] = field(default_factory=dict[str, RayCluster])
+    children: dict[tuple[str, str], str] = field(default_factory=dict[tuple[str, str], str])  # kind and name -> owner
     made: int = 0
     submissions: list[str] = field(default_factory=list[str])
     committed: int = 0
@@ -84,10 +101,15 @@ class World:
     events: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     zombie_reads: int = 0  # so many reads of the progress show the document of an earlier attempt
     generous: bool = False  # the queue gives nodes to whoever asks
+    queue_ticks: int = 0  # after so long
     exports: int = 0  # looks that an export takes
     hold: bool = False  # drivers stand still
+    stuck: bool = False  # pods do not start
     refused: dict[str, str] = field(default_factory=dict[str, str])  # kind or verb -> the words it is refused with
     said: dict[str, Queueing | tuple[Warned, ...]] = field(default_factory=dict[str, Any])  # uid -> what its owner says
+    judge: Judge = field(default_factory=lambda: Judge(CONFIG))
+    _read: Run | None = None
+    _seen_status: tuple[dict[str, Any], FineTuneStatus] | None = None
 
     def reconciler(self) -> Reconciler:
         """A fresh operator process."""
@@ -99,32 +121,46 @@ class World:
         """Let the world move on."""
         self.now += timedelta(seconds=seconds)
         self._come_back()
-        if self.generous:
-            self.give_nodes()
+        self._admit()
+        self._collect_garbage()
         for cluster in list(self.clusters.values()):
-            cluster.age += 1
+            cluster.age += not self.stuck
             if cluster.deleting:
                 del self.clusters[cluster.name]
                 continue
+            cluster.token_of = cluster.token_of or self.children.get(("Secret", cluster.name))
             for submission, state in cluster.jobs.items():
                 self._drive(cluster, submission, state)
         self.check_laws()
+
+    def _collect_garbage(self) -> None:
+        """What an owner leaves behind goes a while after it."""
+        owners = {cluster.uid for cluster in self.clusters.values()}
+        self.children = {child: owner for child, owner in self.children.items() if owner in owners}
+        for cluster in self.clusters.values():
+            cluster.deleting |= self.gone and cluster.owner == UID
 
     def _drive(self, cluster: RayCluster, submission: str, state: str) -> None:
         attempt = int(submission.rpartition("a")[2])
         if state == "PENDING":
             cluster.jobs[submission] = "RUNNING"
             cluster.progress = told(TrainerPhase.LOADING, attempt)
+        elif state == "RUNNING" and self.hold and self.committed:
+            cluster.progress = told(TrainerPhase.TRAINING, attempt, step=self.committed, committed=self.committed)
         elif state == "RUNNING" and not self.hold:
-            self.committed = min(STEPS, self.committed + 1)
-            phase = TrainerPhase.SUCCEEDED if self.committed >= STEPS else TrainerPhase.TRAINING
+            self.committed = min(self.steps, self.committed + 1)
+            phase = TrainerPhase.SUCCEEDED if self.committed >= self.steps else TrainerPhase.TRAINING
             if phase is TrainerPhase.SUCCEEDED and self.exports:
                 self.exports -= 1
                 phase = TrainerPhase.EXPORTING
             cluster.progress = told(phase, attempt, step=self.committed, committed=self.committed)
             if phase is TrainerPhase.SUCCEEDED:
                 cluster.progress = cluster.progress.model_copy(update={"output": OUTPUT})
-                cluster.jobs[submission] = "SUCCEEDED"
+                self.end(cluster, submission, "SUCCEEDED")
+
+    def end(self, cluster: RayCluster, submission: str, state: str) -> None:
+        cluster.jobs[submission] = state
+        cluster.ended[submission] = self.now
 
     def go_without(self, what: str, ticks: int) -> None:
         """Be without KubeRay, the API server, Ray or steps (hold) for so many ticks."""
@@ -157,6 +193,11 @@ class World:
         drivers = [job for cluster in live for job, state in cluster.jobs.items() if state in ("PENDING", "RUNNING")]
         assert len(drivers) <= 1, f"drivers at once: {drivers}"
 
+    @property
+    def trains(self) -> bool:
+        """A driver runs."""
+        return any("RUNNING" in c.jobs.values() for c in self.clusters.values() if not c.deleting)
+
     def restart_head(self) -> None:
         """A new session that knows no jobs."""
         for cluster in self.clusters.values():
@@ -165,6 +206,12 @@ class World:
     def let_a_zombie_write(self) -> None:
         """What is left of an earlier attempt writes its document over the one that counts."""
         self.zombie_reads = 3
+
+    def _admit(self) -> None:
+        """A queue that has nodes gives them to whoever has asked for long enough."""
+        for cluster in self.clusters.values():
+            cluster.queued = cluster.queued + 1 if cluster.suspended else 0
+            cluster.suspended &= not self.generous or cluster.queued <= self.queue_ticks
 
     def give_nodes(self) -> None:
         """The queue admits the cluster."""
@@ -195,7 +242,7 @@ class World:
                         exit_code=1,
                     )
                     attempt = int(submission.rpartition("a")[2])
-                    cluster.jobs[submission] = "FAILED"
+                    self.end(cluster, submission, "FAILED")
                     cluster.progress = told(
                         TrainerPhase.FAILED, attempt, step=self.committed, committed=self.committed, failure=failure
                     )
@@ -234,6 +281,15 @@ class World:
             raise RayError("the connection was reset")
 
     @property
+    def run(self) -> Run | None:
+        """The resource as an operator reads it now."""
+        if self.gone:
+            return None
+        if self._read is None or self._read.resource_version != str(self.version):
+            self._read = run_of(self.raw, CONFIG, self.judge)
+        return self._read
+
+    @property
     def raw(self) -> dict[str, Any]:
         extra = {"deletionTimestamp": self.deleting.isoformat()} if self.deleting else {}
         metadata = {"finalizers": self.finalizers, "resourceVersion": str(self.version), "generation": self.generation}
@@ -245,7 +301,9 @@ class World:
 
     @property
     def seen_status(self) -> FineTuneStatus:
-        return FineTuneStatus.model_validate(self.status)
+        if self._seen_status is None or self._seen_status[0] is not self.status:
+            self._seen_status = self.status, FineTuneStatus.model_validate(self.status)
+        return self._seen_status[1]
 
 
 @dataclass
@@ -263,14 +321,13 @@ class FakeKube:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._judge = Judge(CONFIG)
 
     async def run(self, key: Key) -> Run | None:
         self._up()
         if self._world.stale_reads and self._world.before and not self._world.gone:
             self._world.stale_reads -= 1
-            return run_of(self._world.before, CONFIG, self._judge)
-        return None if self._world.gone else run_of(self._world.raw, CONFIG, self._judge)
+            return run_of(self._world.before, CONFIG, self._world.judge)
+        return self._world.run
 
     async def runs(self) -> dict[Key, str]:
         self._up()
@@ -286,7 +343,7 @@ class FakeKube:
         return Cluster(
             name=name,
             uid=found.uid,
-            owned=found.manifest["metadata"]["ownerReferences"][0]["uid"] == run_uid,
+            owned=found.owner == run_uid,
             deleting=found.deleting,
             template_digest=found.manifest["metadata"]["annotations"]["dsft.dev/template-digest"],
             suspended=found.suspended,
@@ -299,7 +356,8 @@ class FakeKube:
         )
 
     async def pods(self, key: Key, cluster: str) -> tuple[Pod, ...]:
-        return self._world.pods
+        found = self._world.clusters.get(cluster)
+        return (*self._world.pods, *(found.mute_pods if found is not None else ()))
 
     async def queueing(self, key: Key, cluster_uid: str) -> Queueing | None:
         self._up()
@@ -328,16 +386,14 @@ class FakeKube:
                 created=self._world.now,
                 as_made=copy.deepcopy(manifest),
             )
+        elif manifest["kind"] == "NetworkPolicy":
+            owner = manifest["metadata"]["ownerReferences"][0]["uid"]
+            self._world.children.setdefault(("NetworkPolicy", name), owner)
 
     async def create_token(self, key: Key, cluster: str, cluster_uid: str) -> None:
         self._may("Secret")
 
-        def effect() -> None:
-            found = self._world.clusters.get(cluster)
-            if found is not None and found.uid == cluster_uid:
-                found.has_token = True
-
-        self._write(effect)
+        self._write(lambda: self._world.children.setdefault(("Secret", cluster), cluster_uid))
 
     async def token(self, cluster_uid: str) -> str:
         self._may("root key")
@@ -401,10 +457,9 @@ class FakeRay:
 
     def _at(self, address: str, token: str) -> RayCluster | None:
         found = self._world.clusters.get(address)
-        if self._world.ray_down or found is None or not found.ready:
+        if self._world.ray_down or found is None or not found.ready or found.token_of is None:
             return None
-        assert token == ray_token(b"root", found.uid)
-        return found
+        return found if token == ray_token(b"root", found.token_of) else None
 
     async def head(self, address: str, token: str) -> Head | Unknown:
         found = self._at(address, token)
@@ -415,7 +470,7 @@ class FakeRay:
         if found is None:
             return Unknown("refused")
         state: Any = found.jobs.get(submission_id)
-        return RayJob(submission_id, state) if state else None
+        return RayJob(submission_id, state, ended=found.ended.get(submission_id)) if state else None
 
     async def submit(self, address: str, token: str, job: SubmitJob) -> None:
         found = self._at(address, token)
@@ -433,7 +488,7 @@ class FakeRay:
             raise RayError(self._world.refused.get("stop", "refused"))
         self._world.called(after=False)
         if found.jobs.get(submission_id) in ("PENDING", "RUNNING"):
-            found.jobs[submission_id] = "STOPPED"
+            self._world.end(found, submission_id, "STOPPED")
             if found.progress is not None:
                 found.progress = found.progress.model_copy(update={"phase": TrainerPhase.INTERRUPTED})
         self._world.called(after=True)
@@ -474,6 +529,10 @@ def settle(world: World, passes: int = PASSES) -> None:
     raise AssertionError(f"not settled after {passes} passes: {world.seen_status.phase} {world.seen_status.message}")
 
 
+# How long it was, and the words of the last look: another look has others.
+_SILENCE = re.compile(r"for \d+ s: .* ->")
+
+
 def without_times(status: FineTuneStatus) -> FineTuneStatus:
     """A status without what the clock and the number of attempts decide."""
     conditions = tuple(condition.model_copy(update={"last_transition_time": NOW}) for condition in status.conditions)
@@ -482,8 +541,30 @@ def without_times(status: FineTuneStatus) -> FineTuneStatus:
 
 def replace_status(status: FineTuneStatus, **changes: Any) -> FineTuneStatus:
     timeless = dict.fromkeys(("start_time", "completion_time", "phase_time"), NOW)
-    attempts = tuple(a.model_copy(update={"start_time": NOW, "end_time": NOW}) for a in status.attempts)
+    attempts = tuple(
+        a.model_copy(update={"start_time": NOW, "end_time": NOW, "message": _SILENCE.sub("for N s ->", a.message or "")})
+        for a in status.attempts
+    )
     return status.model_copy(update={**timeless, "attempts": attempts, "usage": None, **changes})
 
 
-__all__ = ["KEY", "PASSES", "STEPS", "Crash", "World", "replace", "settle", "without_times"]
+def outcome(world: World) -> Any:
+    """What must be the same however a run came to its end: all but times, and the book of how it came there."""
+    status = without_times(world.seen_status)
+    ways = (
+        "attempt",
+        "attempts",
+        "retries",
+        "ray_cluster",
+        "job",
+        "observed_generation",
+        "retry_token",
+        "resolved",
+        "logs",
+    )
+    conditions = tuple(condition.model_copy(update={"observed_generation": 1}) for condition in status.conditions)
+    checkpoints = status.checkpoints and status.checkpoints.model_copy(update={"retained": ()})
+    return status.model_copy(update={**dict.fromkeys(ways), "conditions": conditions, "checkpoints": checkpoints})
+
+
+__all__ = ["KEY", "PASSES", "STEPS", "Crash", "World", "outcome", "replace", "settle", "without_times"]

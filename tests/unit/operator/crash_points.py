@@ -1,0 +1,94 @@
+"""Disturb a story at each of its points, and say what came out another way than it should."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from dsft_api.status import FineTuneStatus
+from tests.unit.operator.simulated import AT_EACH_CALL, Point, Simulation, Way, points
+from tests.unit.operator.stories import Story
+from tests.unit.operator.world import outcome, without_times
+
+
+def recorded(story: Story) -> Simulation:
+    """The undisturbed run, which is what it is told to be."""
+    run = story.simulation().run()
+    world = run.world
+    assert (None if world.gone else world.seen_status.phase) is story.end
+    assert (len(world.submissions), world.made) == (story.submissions, story.clusters)
+    assert not list(remains(run))
+    return run
+
+
+def disturb(story: Story) -> Counter[Way]:
+    """Disturb a story everywhere; how many points there were, by the way of disturbance.
+
+    Raises:
+        AssertionError: with every point at which something came out another way.
+    """
+    run = recorded(story)
+    enumerated = points(run)
+    wrong = [f"{told(run, point)}: {problem}" for point in enumerated for problem in problems(story, run, point)]
+    count = Counter(point.way for point in enumerated)
+    assert all(count[way] == len(run.calls) for way in AT_EACH_CALL)
+    assert count[Way.DROPPED] == len(run.events)
+    assert count[Way.LATE] >= len([version for version in run.versions if version])
+    assert not wrong, f"{len(wrong)} of {len(enumerated)} points:\n" + "\n".join(wrong)
+    return count
+
+
+def problems(story: Story, undisturbed: Simulation, point: Point) -> Iterator[str]:
+    """What a run that is disturbed at a point has other than the undisturbed one."""
+    try:
+        run = story.simulation(point).run()
+    except AssertionError as error:
+        yield str(error).partition("\n")[0]
+        return
+    if point.way is Way.DROPPED:
+        assert run.events[: point.at] == undisturbed.events[: point.at], "not the same run up to the point"
+    else:
+        assert run.calls[: point.at] == undisturbed.calls[: point.at], "not the same run up to the point"
+    assert run.restarts == (point.way in (Way.DIES_BEFORE, Way.DIES_AFTER))
+    yield from remains(run)
+    one, other = run.world, undisturbed.world
+    if one.gone or other.gone:
+        if one.gone != other.gone:
+            yield f"ended {one.seen_status.phase}, gone: {one.gone}"
+        return
+    if point.way is Way.LATE:
+        # An attempt or a cluster more is no harm where what was read is not so; the end is the same.
+        yield from differences("outcome", plain(outcome(one)), plain(outcome(other)))
+        return
+    if one.submissions != other.submissions:
+        yield f"submitted {one.submissions}"
+    if one.made > other.made:
+        yield f"made {one.made} clusters"
+    yield from differences("status", plain(without_times(one.seen_status)), plain(without_times(other.seen_status)))
+
+
+def plain(status: FineTuneStatus) -> Any:
+    return status.model_dump(mode="json")
+
+
+def differences(where: str, one: Any, other: Any) -> Iterator[str]:
+    """Where two documents differ."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for name in one | other:
+            yield from differences(f"{where}.{name}", one.get(name), other.get(name))
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        for number, (left, right) in enumerate(zip(one, other, strict=True)):
+            yield from differences(f"{where}[{number}]", left, right)
+    elif one != other:
+        yield f"{where} is {one!r}, not {other!r}"
+
+
+def remains(run: Simulation) -> Iterator[str]:
+    """What nobody needs any more, and is there."""
+    if run.world.clusters or run.world.children:
+        yield f"left: {[*run.world.clusters, *run.world.children]}"
+
+
+def told(run: Simulation, point: Point) -> str:
+    """A point in words."""
+    where = run.events[point.at - 1] if point.way is Way.DROPPED else run.calls[point.at - 1]
+    return f"{point.at} ({where}) {point.way}" + (f" by {point.late}" if point.late else "")

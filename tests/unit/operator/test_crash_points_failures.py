@@ -1,0 +1,20 @@
+"""What fails in a run, or in the cluster under it: each point of such runs, disturbed in each way (see `simulated`)."""
+
+from collections.abc import Callable
+
+import pytest
+
+from dsft_operator.core import attempt_rules
+from tests.unit.operator.conftest import POINTS
+from tests.unit.operator.crash_points import disturb
+from tests.unit.operator.stories import FAILURES, UNREACHABLE_SECONDS
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", FAILURES)
+def test_every_point_heals(
+    name: str, record_property: Callable[[str, object], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempt_rules, "UNREACHABLE_SECONDS", UNREACHABLE_SECONDS)
+    count = disturb(FAILURES[name])
+    record_property(POINTS, {str(way): number for way, number in count.items()})

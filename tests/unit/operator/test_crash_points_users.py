@@ -1,0 +1,16 @@
+"""Users suspend, mend, retry and delete: each point of such runs, disturbed in each way (see `simulated`)."""
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.unit.operator.conftest import POINTS
+from tests.unit.operator.crash_points import disturb
+from tests.unit.operator.stories import USERS
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", USERS)
+def test_every_point_heals(name: str, record_property: Callable[[str, object], None]) -> None:
+    count = disturb(USERS[name])
+    record_property(POINTS, {str(way): number for way, number in count.items()})

@@ -1,0 +1,16 @@
+"""A run that waits, for a queue, KubeRay, a Secret, a name, or in vain: each point, disturbed in each way (see `simulated`)."""
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.unit.operator.conftest import POINTS
+from tests.unit.operator.crash_points import disturb
+from tests.unit.operator.stories import WAITS
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", WAITS)
+def test_every_point_heals(name: str, record_property: Callable[[str, object], None]) -> None:
+    count = disturb(WAITS[name])
+    record_property(POINTS, {str(way): number for way, number in count.items()})
