@@ -36,12 +36,12 @@ def missing(seen: Observed, now: datetime, config: OperatorConfig) -> Decision |
     if known is not None and known.uid is not None:
         number = known.incarnation + 1
         name = naming.cluster_name(run.name, run.uid, number)
-        changes = attempts.lost(status, spec, now, "the RayCluster is gone")
+        changes = attempts.lost(status, spec, now, "the RayCluster was deleted")
         changes["ray_cluster"] = RayClusterStatus(name=name, incarnation=number)
         message = f"making RayCluster {name}"
-        return Decision(
-            status=report(run, now, Phase.PENDING, Reason.RESTARTING, message, _NO_CLUSTER, **changes), requeue_after=0
-        )
+        wish = report(run, now, Phase.PENDING, Reason.RESTARTING, message, _NO_CLUSTER, **changes)
+        # Once the next one is named, nobody looks at this one again: if it was only not seen, it must go.
+        return Decision((DeleteCluster(known.name, known.uid),), wish, requeue_after=0)
     if (overdue := _overdue(seen, now)) is not None:
         return overdue
     number = known.incarnation if known is not None else 1

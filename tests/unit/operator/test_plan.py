@@ -171,7 +171,12 @@ SITUATIONS: dict[str, tuple[Callable[[], Observed], list[str], Phase | None, str
         Phase.PENDING,
         "Restarting",
     ),
-    "the RayCluster is gone": (lambda: replace(submitted(), cluster=None, job=None), [], Phase.PENDING, "Restarting"),
+    "the RayCluster is gone": (
+        lambda: replace(submitted(), cluster=None, job=None),
+        ["DeleteCluster"],
+        Phase.PENDING,
+        "Restarting",
+    ),
     "done": (
         lambda: replace(
             submitted(), job=job("SUCCEEDED", exit_code=0), progress=told(TrainerPhase.SUCCEEDED, output=OUTPUT)
