@@ -83,7 +83,8 @@ def running(seen: Observed, now: datetime, config: OperatorConfig) -> Decision |
     progress = report_of(seen)
     bound = spec.deadlines.run_seconds
     if bound is not None and attempts.trained_seconds(status, now) >= bound:
-        decision = failed(seen, now, _overtime(bound), **attempts.followed(status, progress))
+        told = attempts.followed(status, progress)
+        decision = failed(seen, now, _overtime(bound), _heard(status, told), **told)
         return Decision((StopJob(job.submission_id), *decision.actions), decision.status, decision.requeue_after)
     phase, message = _doing(seen, progress)
     told = _told(seen, job, progress)
@@ -109,13 +110,9 @@ def _overdue(seen: Observed, now: datetime, job: RayJob, lacking: Fact) -> Decis
     if (now - before.last_transition_time).total_seconds() < bound:
         return None
     words = f"the nodes of the attempt were not whole again within {bound} s ({lacking.reason}: {lacking.message})"
-    decision = failed(
-        seen,
-        now,
-        Cause(FailureClass.PROVISION_TIMEOUT, words),
-        {ConditionType.CLUSTER_READY: lacking},
-        **_told(seen, job, report_of(seen)),
-    )
+    told = _told(seen, job, report_of(seen))
+    facts = _heard(status, told) | {ConditionType.CLUSTER_READY: lacking}
+    decision = failed(seen, now, Cause(FailureClass.PROVISION_TIMEOUT, words), facts, **told)
     return Decision((StopJob(job.submission_id),), decision.status, decision.requeue_after)
 
 
@@ -152,8 +149,10 @@ def again(seen: Observed, now: datetime, cause: Cause, *actions: Action) -> Deci
     changes = _told(seen, job, report_of(seen))
     changes |= attempts.ended(status.model_copy(update=changes), spec, now, cause)
     retries, limit = changes.get("retries") or 0, spec.retry.limit if spec is not None else 0
+    fact = Fact(value=False, reason=cause.failure_class, message=cause.message)
+    facts = _heard(status, changes) if job is not None else {ConditionType.JOB_SUBMITTED: fact}
     if not cause.failure_class.failure.retried:
-        return failed(seen, now, cause, **changes)
+        return failed(seen, now, cause, facts, **changes)
     once = cause.failure_class is FailureClass.HOST_OOM
     if retries > (min(1, limit) if once else limit):
         spent = Cause(
@@ -162,9 +161,8 @@ def again(seen: Observed, now: datetime, cause: Cause, *actions: Action) -> Deci
             cause.exit_code,
             f"{cause.remedy or cause.failure_class.failure.remedy}; then set a new spec.retry.token",
         )
-        return failed(seen, now, spent, **changes)
+        return failed(seen, now, spent, facts, **changes)
     message = f"attempt {status.attempt} ended: {cause}; going on from the last commit"
-    fact = Fact(value=False, reason=cause.failure_class, message=cause.message)
     wish = report(
         seen.run, now, Phase.PENDING, Reason.RESTARTING, message, {ConditionType.JOB_SUBMITTED: fact}, **changes
     )
@@ -222,11 +220,15 @@ def _told(seen: Observed, job: RayJob | None, progress: Progress | None) -> dict
 
 
 def _facts(status: FineTuneStatus, told: dict[str, Any]) -> dict[ConditionType, Fact | None]:
+    return {ConditionType.CLUSTER_READY: _READY} | _heard(status, told)
+
+
+def _heard(status: FineTuneStatus, told: dict[str, Any]) -> dict[ConditionType, Fact | None]:
+    """The conditions of a submission that Ray knows. The end states them too: what it leaves out would stay as it was."""
     checkpoints = told.get("checkpoints") or status.checkpoints
     summary = checkpoints.summary if checkpoints is not None else ""
     latest = checkpoints.latest if checkpoints is not None else None
     return {
-        ConditionType.CLUSTER_READY: _READY,
         ConditionType.JOB_SUBMITTED: Fact(value=True, reason=Reason.SUBMITTED),
         ConditionType.CHECKPOINT_AVAILABLE: Fact(value=True, reason=Reason.COMMITTED, message=summary)
         if latest

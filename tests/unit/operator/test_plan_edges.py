@@ -309,6 +309,20 @@ def test_saves_that_fail_are_told_beside_the_last_commit(step: int, status: str,
     assert (available.status, available.message) == (status, message)
 
 
+def test_the_end_does_not_leave_a_silence_behind() -> None:
+    """Ray did not answer once, and then told of the failure: the last status speaks of no silence."""
+    silent, _ = after(replace(submitted(), head=Unknown("refused"), job=None))
+    failure = TrainerFailure(failure_class=FailureClass.DATA_INVALID, message="bad", remedy="mend", exit_code=2)
+    progress = told(TrainerPhase.FAILED, committed=7, failure=failure)
+    seen, _ = after(replace(silent, head=whole().head, job=job("FAILED"), progress=progress))
+    stated = {kind: condition_of(seen.run.status, kind) for kind in ConditionType}
+    submission, checkpoint = stated[ConditionType.JOB_SUBMITTED], stated[ConditionType.CHECKPOINT_AVAILABLE]
+    assert submission is not None
+    assert submission.status == "True"
+    assert checkpoint is not None
+    assert checkpoint.status == "True"
+
+
 def test_a_suspension_by_the_user_costs_no_retry() -> None:
     seen, _ = after(replace(edited(submitted(), SUSPEND), job=job("STOPPED")))
     assert ended_by(seen).failure_class is FailureClass.PREEMPTED

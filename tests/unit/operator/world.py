@@ -542,7 +542,9 @@ def without_times(status: FineTuneStatus) -> FineTuneStatus:
 def replace_status(status: FineTuneStatus, **changes: Any) -> FineTuneStatus:
     timeless = dict.fromkeys(("start_time", "completion_time", "phase_time"), NOW)
     attempts = tuple(
-        a.model_copy(update={"start_time": NOW, "end_time": NOW, "message": _SILENCE.sub("for N s ->", a.message or "")})
+        a.model_copy(
+            update={"start_time": NOW, "end_time": NOW, "message": _SILENCE.sub("for N s ->", a.message or "")}
+        )
         for a in status.attempts
     )
     return status.model_copy(update={**timeless, "attempts": attempts, "usage": None, **changes})
