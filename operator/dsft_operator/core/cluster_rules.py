@@ -24,7 +24,7 @@ from dsft_operator.core.raycluster import network_policy, ray_cluster, template_
 from dsft_operator.core.resource_rules import SOON, live_cluster
 from dsft_operator.core.submission import storage_prefix
 from dsft_operator.core.summary import Fact, condition_of, report
-from dsft_operator.core.waiting import explain
+from dsft_operator.core.waiting import CONFIG_REASONS, explain
 
 
 def missing(seen: Observed, now: datetime, config: OperatorConfig) -> Decision | None:
@@ -96,12 +96,8 @@ def unprepared(seen: Observed, now: datetime, config: OperatorConfig) -> Decisio
         return None
     if (overdue := _overdue(seen, now)) is not None:
         return overdue
-    actions = (
-        CreateToken(cluster.name, cluster.uid),
-        CreateChild(network_policy(run, config, cluster.name, cluster.uid)),
-        # Again, for an operator that died between the cluster's creation and its status.
-        *_finalizer(seen),
-    )
+    # The finalizer again, for an operator that died between the cluster's creation and its status.
+    actions = (*_children(seen, cluster, config), *_finalizer(seen))
     wish = _waiting_status(seen, now, cluster, ray_cluster=_named(seen, cluster), **_pinned(seen, _spec(seen)))
     return Decision(actions, wish, config.intervals.provisioning_seconds)
 
@@ -119,7 +115,20 @@ def waiting(seen: Observed, now: datetime, config: OperatorConfig) -> Decision |
         kind = FailureClass.QUEUE_TIMEOUT if queued else FailureClass.PROVISION_TIMEOUT
         return _timed_out(seen, now, wish, kind, bound)
     pause = config.intervals.queued_seconds if queued else config.intervals.provisioning_seconds
-    return Decision(status=wish, requeue_after=pause if bound is None else min(pause, bound - waited))
+    actions = _children(seen, cluster, config) if _secret_is_gone(seen, cluster) else ()
+    return Decision(actions, wish, pause if bound is None else min(pause, bound - waited))
+
+
+def _children(seen: Observed, cluster: Cluster, config: OperatorConfig) -> tuple[CreateToken, CreateChild]:
+    """What the RayCluster owns: the Secret that its pods wait for, and the NetworkPolicy around them."""
+    policy = network_policy(seen.run, config, cluster.name, cluster.uid)
+    return CreateToken(cluster.name, cluster.uid), CreateChild(policy)
+
+
+def _secret_is_gone(seen: Observed, cluster: Cluster) -> bool:
+    """A pod asks for our Secret. What we found there by that name was that of a RayCluster before, and went after it."""
+    waits = [pod.waiting for pod in seen.pods if pod.waiting is not None]
+    return any(reason in CONFIG_REASONS and f'"{cluster.name}"' in words for reason, words in waits)
 
 
 def is_whole(seen: Observed) -> bool:

@@ -171,6 +171,24 @@ SITUATIONS: dict[str, tuple[Callable[[], Observed], list[str], Phase | None, str
         Phase.PENDING,
         "Restarting",
     ),
+    "its pods miss the Secret": (
+        lambda: replace(
+            provisioning(),
+            pods=(Pod("h", "head", "", waiting=("CreateContainerConfigError", f'secret "chat-{UID[:5]}" not found')),),
+        ),
+        ["CreateToken", "CreateChild"],
+        Phase.PROVISIONING,
+        "PodConfigInvalid",
+    ),
+    "its pods miss a Secret of the user": (
+        lambda: replace(
+            provisioning(),
+            pods=(Pod("h", "head", "", waiting=("CreateContainerConfigError", 'secret "s3" not found')),),
+        ),
+        [],
+        Phase.PROVISIONING,
+        "PodConfigInvalid",
+    ),
     "the RayCluster is gone": (
         lambda: replace(submitted(), cluster=None, job=None),
         ["DeleteCluster"],
