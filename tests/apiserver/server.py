@@ -98,6 +98,15 @@ class Runs:
             **({"dry_run": "All"} if dry_run else {}),
         )
 
+    def set_finalizers(self, name: str, *finalizers: str, **metadata: str) -> Document:
+        """Merge finalizers into it. `metadata` such as `resourceVersion` is a precondition."""
+        return self._asked(
+            CustomObjectsApi(self.client).patch_namespaced_custom_object,
+            name=name,
+            body={"metadata": {"finalizers": list(finalizers), **metadata}},
+            _content_type="application/merge-patch+json",
+        )
+
     def apply_status(
         self, name: str, status: Mapping[str, Any], *, manager: str = "dsft-operator", **metadata: str
     ) -> Document:

@@ -53,6 +53,17 @@ def test_stale_version_is_a_conflict(runs):
     assert runs.get("chat")["status"]["attempt"] == 2
 
 
+def test_a_finalizer_that_is_there_already_is_a_conflict_at_a_stale_version(runs):
+    """The operator adds its finalizer before it makes a RayCluster: so nothing is made by an old look at the resource."""
+    old = runs.create(MANIFEST)["metadata"]["resourceVersion"]
+    now = runs.set_finalizers("chat", "dsft.dev/release-cluster", resourceVersion=old)["metadata"]["resourceVersion"]
+    with pytest.raises(RefusedError) as refused:
+        runs.set_finalizers("chat", "dsft.dev/release-cluster", resourceVersion=old)
+    assert (refused.value.code, refused.value.reason) == (409, "Conflict")
+    again = runs.set_finalizers("chat", "dsft.dev/release-cluster", resourceVersion=now)
+    assert again["metadata"]["resourceVersion"] == now, "nothing was changed"
+
+
 def test_version_of_a_resource_that_had_the_name_before_is_a_conflict(runs):
     """A resource version is enough to tell namesakes apart; a uid in an applied status is not looked at."""
     gone = runs.create(MANIFEST)["metadata"]

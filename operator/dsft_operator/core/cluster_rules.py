@@ -58,7 +58,8 @@ def missing(seen: Observed, now: datetime, config: OperatorConfig) -> Decision |
         ray_cluster=RayClusterStatus(name=name, incarnation=number),
         **_pinned(seen, spec),
     )
-    return Decision((CreateCluster(manifest), *_finalizer(seen)), wish, requeue_after=0)
+    # The finalizer first, even if it is there: it is refused where the resource is another by now, or gone.
+    return Decision((AddFinalizer(), CreateCluster(manifest)), wish, requeue_after=0)
 
 
 def going(seen: Observed, now: datetime, _config: OperatorConfig) -> Decision | None:

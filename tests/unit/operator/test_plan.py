@@ -45,14 +45,14 @@ QUEUED = {"queue": {"name": "team-a"}}
 
 # situation, what is done, phase, reason of Ready
 SITUATIONS: dict[str, tuple[Callable[[], Observed], list[str], Phase | None, str | None]] = {
-    "just applied": (begin, ["CreateCluster"], Phase.PROVISIONING, "Provisioning"),
+    "just applied": (begin, ["AddFinalizer", "CreateCluster"], Phase.PROVISIONING, "Provisioning"),
     "just applied, no finalizer": (
         lambda: begin(finalizers=[]),
-        ["CreateCluster", "AddFinalizer"],
+        ["AddFinalizer", "CreateCluster"],
         Phase.PROVISIONING,
         "Provisioning",
     ),
-    "applied with a queue": (lambda: begin(QUEUED), ["CreateCluster"], Phase.QUEUED, "Provisioning"),
+    "applied with a queue": (lambda: begin(QUEUED), ["AddFinalizer", "CreateCluster"], Phase.QUEUED, "Provisioning"),
     "no KubeRay": (
         lambda: replace(begin(), kuberay_installed=False),
         [],

@@ -302,7 +302,20 @@ def test_a_root_key_that_cannot_be_read_is_told() -> None:
 
 
 def test_two_writes_until_the_cluster_exists() -> None:
-    world = World(finalizers=["dsft.dev/release-cluster"])
+    world = World()
     asyncio.run(world.reconciler().reconcile(KEY))
-    assert world.calls == 2
+    assert world.calls == 3, "finalizer, RayCluster, status"
     assert world.made == 1
+
+
+def test_nothing_is_made_by_an_old_look_at_the_resource() -> None:
+    """An operator that stood still after it had read the resource: meanwhile its RayCluster is another incarnation."""
+    world = World()
+    run_until(world, Phase.PROVISIONING)
+    old = world.raw
+    run_until(world, Phase.RUNNING)
+    world.lose_cluster()
+    run_until(world, Phase.PROVISIONING)
+    world.before, world.stale_reads = old, 1
+    asyncio.run(world.reconciler().reconcile(KEY))
+    assert [cluster.name for cluster in world.clusters.values()] == [f"chat-{UID[:5]}-2"]

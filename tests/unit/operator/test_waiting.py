@@ -332,7 +332,7 @@ def test_a_wait_that_is_over_keeps_its_words_and_goes_on_with_a_token(name: str)
     on, _ = after(replace(gone, run=replace(gone.run, spec=renewed)), 70)
     on, _ = after(on, 70)
     on, made = after(on, 70)
-    assert names(made) == ["CreateCluster"]
+    assert names(made) == ["AddFinalizer", "CreateCluster"]
     on = replace(on, cluster=cluster(on, name=f"chat-{UID[:5]}-2", uid="cluster-2"))
     on, _ = after(on, 75)
     assert after(on, 129)[1].status is not None

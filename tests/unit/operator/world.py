@@ -410,8 +410,9 @@ class FakeKube:
     async def set_finalizer(self, run: Run, *, present: bool) -> str:
         def effect() -> None:
             self._precondition(run.resource_version)
-            self._world.finalizers = [FINALIZER] if present else []
-            self._world.version += 1
+            wanted = [FINALIZER] if present else []
+            self._world.version += wanted != self._world.finalizers
+            self._world.finalizers = wanted
             self._world.gone = self._world.deleting is not None and not present
 
         self._write(effect)
