@@ -1,12 +1,13 @@
 """Disturb a story at each of its points, and say what came out another way than it should."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from dsft_api.conditions import FailureClass
 from dsft_api.status import FineTuneStatus
-from tests.unit.operator.simulated import AT_EACH_CALL, Point, Simulation, Way, points
+from tests.unit.operator.simulated import AT_EACH_CALL, SILENCE, Point, Simulation, Way, points
 from tests.unit.operator.stories import Story
 from tests.unit.operator.world import outcome, without_times
 
@@ -68,12 +69,13 @@ def problems(story: Story, undisturbed: Simulation, point: Point) -> Iterator[st
 
 
 def plain(status: FineTuneStatus) -> Any:
-    """A status without the ids of what was made, and without the words for a lost head.
+    """A status without the ids of what was made, and without words that are those of the last look.
 
     A RayCluster that nobody knew when it was deleted has no number. An operator that died right after it had deleted a
-    RayCluster whose head was silent finds it deleted, and says so.
+    RayCluster whose head was silent finds it deleted, and says so. A deadline tells what was waited for, or that it was not told.
     """
-    document = status.model_dump(mode="json", exclude={"ray_cluster"})
+    text = status.model_dump_json(exclude={"ray_cluster"}).replace(SILENCE, "Kueue has not looked at it yet")
+    document = json.loads(text)
     for attempt in document["attempts"] or ():
         del attempt["incarnation"]
         if attempt["failure_class"] == FailureClass.HEAD_LOST:

@@ -37,6 +37,7 @@ RESYNC_SECONDS = 100.0
 REST_SECONDS = RESYNC_SECONDS * 1.2 + 20
 MOST_SECONDS = 6000.0
 
+SILENCE = "the connection was reset"
 KUBE_READS = ("run", "runs", "cluster", "pods", "queueing", "warnings")
 RAY_READS = ("head", "job", "progress")
 MOST_LATE = 3
@@ -126,8 +127,11 @@ class Simulation:
         while self._loop.time() - self._changed_at < REST_SECONDS:
             await asyncio.sleep(TICK_SECONDS)
             self._set_clock()
+            was_down = self.world.api_down
             self.world.tick(0)
             self._notice()
+            if was_down and not self.world.api_down:
+                self._deliver()  # a watch that begins anew lists all there is
             if self.world.without:
                 self._changed_at = self._loop.time()
             assert self._loop.time() < MOST_SECONDS, f"never at rest: {self.world.seen_status.message}"
@@ -270,7 +274,7 @@ class _Errors(logging.Handler):
 def _silence(name: str) -> Unknown:
     if name in RAY_READS:
         return Unknown("refused")
-    raise RayError("the connection was reset") if name in ("submit", "stop") else KubeError("the connection was reset")
+    raise RayError(SILENCE) if name in ("submit", "stop") else KubeError(SILENCE)
 
 
 def _label(name: str, args: tuple[Any, ...]) -> str:

@@ -59,16 +59,10 @@ def at_step(step: int, happens: Callable[[World], None]) -> User:
     return user
 
 
-def raises(world: World) -> Iterator[Until]:
-    """Each driver that comes so far fails."""
-    while True:
-        yield from at_step(1, lambda world: world.lose_worker("UserCode"))(world)
-
-
 def new_token(world: World) -> Iterator[Until]:
     """What failed is mended, and goes on."""
-    yield from at_step(1, lambda world: world.lose_worker("DataInvalid"))(world)
     yield lambda: phase(world) is Phase.FAILED and not world.clusters
+    world.fails_with = None
     world.edit(retry={"token": "2"})
 
 
@@ -167,13 +161,11 @@ def deleted(at: Phase) -> Story:
         before = suspends(world) if at in (Phase.SUSPENDING, Phase.SUSPENDED) else ()
         for condition in before:
             yield lambda condition=condition: condition() or phase(world) is at
-        if at is Phase.FAILED:
-            yield from at_step(1, lambda world: world.lose_worker("DataInvalid"))(world)
         yield lambda: (known := phase(world)) is not None and ORDER.index(known) >= ORDER.index(at)
         world.delete()
 
     queue = QUEUE if at is Phase.QUEUED else {}
-    facts = {"exports": 3} if at is Phase.EXPORTING else {}
+    facts = {Phase.EXPORTING: {"exports": 3}, Phase.FAILED: {"fails_with": "DataInvalid"}}.get(at, {})
     never = at in (Phase.PENDING, Phase.QUEUED, Phase.PROVISIONING, Phase.STARTING)
     return Story(None, queue, user, facts, submissions=int(not never), clusters=int(at is not Phase.PENDING))
 
@@ -184,12 +176,13 @@ FAILURES: dict[str, Story] = {
     "the head restarts": Story(user=at_step(1, World.restart_head), submissions=2),
     "the cluster is deleted": Story(user=at_step(1, World.lose_cluster), submissions=2, clusters=2),
     "the head falls silent": Story(user=at_step(1, falls_silent), submissions=2, clusters=2),
-    "the program raises": Story(Phase.FAILED, user=raises),
+    "the API server is away at the end": Story(user=at_step(1, lambda world: world.go_without("api_down", 14))),
+    "the program raises": Story(Phase.FAILED, facts={"fails_with": "UserCode"}),
     "deleted before it was known": Story(user=gone_before_it_was_known, clusters=2),
     "deleted with its Secret": Story(user=gone_with_its_secret, clusters=2),
 }
 USERS: dict[str, Story] = {
-    "a new retry.token": Story(user=new_token, submissions=2, clusters=2),
+    "a new retry.token": Story(user=new_token, facts={"fails_with": "DataInvalid"}, submissions=2, clusters=2),
     "suspended": Story(Phase.SUSPENDED, user=suspends),
     "suspended and resumed": Story(user=resumes, submissions=2, clusters=2),
     "resumed with other pools": Story(user=resumes_with_other_pools, submissions=2, clusters=2),

@@ -105,6 +105,7 @@ class World:
     exports: int = 0  # looks that an export takes
     hold: bool = False  # drivers stand still
     stuck: bool = False  # pods do not start
+    fails_with: str | None = None  # each driver, after a step
     refused: dict[str, str] = field(default_factory=dict[str, str])  # kind or verb -> the words it is refused with
     said: dict[str, Queueing | tuple[Warned, ...]] = field(default_factory=dict[str, Any])  # uid -> what its owner says
     judge: Judge = field(default_factory=lambda: Judge(CONFIG))
@@ -142,6 +143,9 @@ class World:
 
     def _drive(self, cluster: RayCluster, submission: str, state: str) -> None:
         attempt = int(submission.rpartition("a")[2])
+        if state == "RUNNING" and self.committed and self.fails_with is not None:
+            self.lose_worker(self.fails_with)
+            return
         if state == "PENDING":
             cluster.jobs[submission] = "RUNNING"
             cluster.progress = told(TrainerPhase.LOADING, attempt)
