@@ -22,7 +22,8 @@ from dsft_operator.core.waiting import explain
 UNREACHABLE_SECONDS = 180
 # Ray starts a driver within seconds, which nothing but looking tells.
 FIRST_LOOK_SECONDS = 0.25
-# How long the last progress document may take after the driver's end.
+# How long a driver that failed is asked for its last document. One that succeeded is asked for as long as a head may be
+# silent: without the document it would train again.
 LAST_WORD_SECONDS = 20
 # How long the kubelet may take to tell how a container ended whose end the driver felt at once.
 EVIDENCE_SECONDS = 5
@@ -69,10 +70,7 @@ def lost(seen: Observed, now: datetime, config: OperatorConfig) -> Decision | No
     silent = _silent_seconds(status, now)
     if silent >= UNREACHABLE_SECONDS:
         return _given_up(seen, now, silent, words)
-    fact = Fact(value=None, reason=Reason.RAY_UNREACHABLE, message=words)
-    phase = status.phase or Phase.STARTING
-    wish = report(seen.run, now, phase, fact.reason, words, {ConditionType.JOB_SUBMITTED: fact})
-    return Decision(status=wish, requeue_after=config.intervals.provisioning_seconds)
+    return Decision(status=_silent(seen, now, words), requeue_after=config.intervals.provisioning_seconds)
 
 
 def running(seen: Observed, now: datetime, config: OperatorConfig) -> Decision | None:
@@ -122,9 +120,12 @@ def over(seen: Observed, now: datetime, _config: OperatorConfig) -> Decision | N
     if not isinstance(job, RayJob) or spec is None:
         return Decision(requeue_after=SOON)
     progress = report_of(seen)
-    silent = isinstance(seen.progress, Unknown) and job.ended is not None
-    if silent and job.ended is not None and (now - job.ended).total_seconds() < LAST_WORD_SECONDS:
-        return Decision(requeue_after=SOON)
+    if isinstance(seen.progress, Unknown):
+        # Since it was first asked in vain: the driver may have ended long before anybody could look.
+        patience = UNREACHABLE_SECONDS if job.state == "SUCCEEDED" else LAST_WORD_SECONDS
+        if _silent_seconds(run.status, now) < patience:
+            words = f"the driver has ended, and its last words cannot be read: {seen.progress.reason}"
+            return Decision(status=_silent(seen, now, words), requeue_after=SOON)
     told = _told(seen, job, progress)
     if progress is not None and progress.phase is TrainerPhase.SUCCEEDED:
         after = run.status.model_copy(update=told)
@@ -234,6 +235,13 @@ def _heard(status: FineTuneStatus, told: dict[str, Any]) -> dict[ConditionType, 
         if latest
         else Fact(value=False, reason=Reason.NO_CHECKPOINT, message=summary),
     }
+
+
+def _silent(seen: Observed, now: datetime, words: str) -> FineTuneStatus:
+    """The head gives no good answer about the submission: since when is in its condition."""
+    fact = Fact(value=None, reason=Reason.RAY_UNREACHABLE, message=words)
+    phase = seen.run.status.phase or Phase.STARTING
+    return report(seen.run, now, phase, fact.reason, words, {ConditionType.JOB_SUBMITTED: fact})
 
 
 def _silent_seconds(status: FineTuneStatus, now: datetime) -> float:

@@ -13,6 +13,7 @@ from dsft_api.status import Attempt, CheckpointRef, Checkpoints, FineTuneStatus
 from dsft_operator.core.decision import Decision
 from dsft_operator.core.observed import Head, Observed, Unknown
 from dsft_operator.core.plan import plan
+from dsft_operator.core.resource_rules import SOON
 from dsft_operator.core.summary import condition_of
 from tests.unit.operator.situations import (
     CONFIG,
@@ -321,6 +322,21 @@ def test_the_end_does_not_leave_a_silence_behind() -> None:
     assert submission.status == "True"
     assert checkpoint is not None
     assert checkpoint.status == "True"
+
+
+@pytest.mark.parametrize(("state", "patience"), [("SUCCEEDED", 180), ("FAILED", 20)])
+def test_the_last_words_are_asked_for_again_however_long_ago_the_driver_ended(state: str, patience: int) -> None:
+    """The operator was away at the end, and its first read of the document is lost."""
+    ended = job(state, ended=NOW - timedelta(hours=1))
+    seen, decision = after(replace(submitted(), job=ended, progress=Unknown("reset")))
+    assert decision.requeue_after == SOON
+    assert seen.run.status.attempts[-1].end_time is None
+    seen, _ = after(seen, patience - 1)
+    assert seen.run.status.attempts[-1].end_time is None
+    given_up, _ = after(seen, patience)
+    assert given_up.run.status.attempts[-1].end_time is not None
+    heard, _ = after(replace(seen, progress=told(TrainerPhase.SUCCEEDED, output=OUTPUT)), patience)
+    assert heard.run.status.phase is Phase.SUCCEEDED
 
 
 def test_a_suspension_by_the_user_costs_no_retry() -> None:
