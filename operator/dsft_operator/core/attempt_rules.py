@@ -13,7 +13,7 @@ from dsft_operator.core.cluster_rules import failed, is_whole
 from dsft_operator.core.decision import Action, Decision, DeleteCluster, StopJob
 from dsft_operator.core.failures import Cause, classify, is_echo, loss, report_of, with_evidence
 from dsft_operator.core.observed import Head, Observed, RayJob, Unknown
-from dsft_operator.core.resource_rules import SOON, driver_runs, live_cluster
+from dsft_operator.core.resource_rules import SOON, STOP_MARGIN_SECONDS, driver_runs, live_cluster
 from dsft_operator.core.submission import submission
 from dsft_operator.core.summary import Fact, condition_of, report
 from dsft_operator.core.waiting import explain
@@ -75,15 +75,12 @@ def lost(seen: Observed, now: datetime, config: OperatorConfig) -> Decision | No
 
 def running(seen: Observed, now: datetime, config: OperatorConfig) -> Decision | None:
     """The driver runs: pass on what the trainer tells."""
-    run, status, job, spec = seen.run, seen.run.status, seen.job, seen.run.spec
+    run, job, spec = seen.run, seen.job, seen.run.spec
     if not isinstance(job, RayJob) or job.is_over or spec is None:
         return None
     progress = report_of(seen)
-    bound = spec.deadlines.run_seconds
-    if bound is not None and attempts.trained_seconds(status, now) >= bound:
-        told = attempts.followed(status, progress)
-        decision = failed(seen, now, _overtime(bound), _heard(status, told), **told)
-        return Decision((StopJob(job.submission_id), *decision.actions), decision.status, decision.requeue_after)
+    if (overtime := _overtime(seen, now)) is not None:
+        return _stopped(seen, now, job, overtime)
     phase, message = _doing(seen, progress)
     told = _told(seen, job, progress)
     facts = _facts(run.status, told)
@@ -135,6 +132,8 @@ def over(seen: Observed, now: datetime, _config: OperatorConfig) -> Decision | N
         wish = report(run, now, Phase.SUCCEEDED, Reason.SUCCEEDED, message, facts, completion_time=now, **told)
         return Decision(status=wish, requeue_after=0)
     cause = _cause(seen, job, progress)
+    if cause.failure_class is FailureClass.PREEMPTED:
+        cause = _overtime(seen, now) or cause
     age = (now - job.ended).total_seconds() if job.ended is not None else EVIDENCE_SECONDS
     if is_echo(cause) and 0 <= age < EVIDENCE_SECONDS:
         return Decision(requeue_after=SOON)
@@ -185,9 +184,8 @@ def _intent(seen: Observed, now: datetime, config: OperatorConfig) -> Decision:
         message = f"waiting until the driver of {status.job.submission_id} has ended"
         wish = report(run, now, Phase.PENDING, Reason.RESTARTING, message, {ConditionType.CLUSTER_READY: _READY})
         return Decision((StopJob(status.job.submission_id),), wish, SOON)
-    bound = spec.deadlines.run_seconds
-    if bound is not None and attempts.trained_seconds(status, now) >= bound:
-        return failed(seen, now, _overtime(bound))
+    if (overtime := _overtime(seen, now)) is not None:
+        return failed(seen, now, overtime)
     start = attempts.next_start(status, config.intervals.backoff_seconds)
     if start is not None and now < start:
         last = status.attempts[-1]
@@ -287,8 +285,27 @@ def _draining(seen: Observed, now: datetime) -> Decision:
     )
 
 
-def _overtime(bound: int) -> Cause:
+def _overtime(seen: Observed, now: datetime) -> Cause | None:
+    """The run has trained for as long as it may."""
+    bound = seen.run.spec.deadlines.run_seconds if seen.run.spec is not None else None
+    if bound is None or attempts.trained_seconds(seen.run.status, now) < bound:
+        return None
     return Cause(FailureClass.RUN_TIMEOUT, f"trained for {bound} s, which is spec.deadlines.runSeconds")
+
+
+def _stopped(seen: Observed, now: datetime, job: RayJob, cause: Cause) -> Decision:
+    """Stop the driver, and hear its last commit; a driver that does not end is left to the deletion of its pods."""
+    status, spec = seen.run.status, seen.run.spec
+    assert spec is not None, "rule refused comes first"  # noqa: S101
+    bound = (spec.deadlines.run_seconds or 0) + spec.checkpoint.drain_seconds + STOP_MARGIN_SECONDS
+    told = _told(seen, job, report_of(seen))
+    facts = _facts(status, told)
+    if attempts.trained_seconds(status, now) >= bound:
+        decision = failed(seen, now, cause, facts, **told)
+        return Decision((StopJob(job.submission_id),), decision.status, decision.requeue_after)
+    message = f"{cause.message}: the trainer commits, and the run ends"
+    wish = report(seen.run, now, status.phase or Phase.RUNNING, cause.failure_class, message, facts, **told)
+    return Decision((StopJob(job.submission_id),), wish, SOON)
 
 
 def _message(progress: Progress) -> str:

@@ -421,8 +421,19 @@ def test_training_time_has_a_deadline_over_all_attempts() -> None:
     assert names(plan(seen, NOW + timedelta(seconds=99), CONFIG)) == []
     decision = plan(seen, NOW + timedelta(seconds=100), CONFIG)
     assert names(decision) == ["StopJob"]
-    assert decision.status is not None
-    assert decision.status.attempts[-1].failure_class is FailureClass.RUN_TIMEOUT
+    stopping = advance(seen, decision)
+    assert stopping.run.status.attempts[-1].end_time is None, "its last commit is waited for"
+    for progress in (None, told(TrainerPhase.INTERRUPTED, step=7, committed=7)):
+        stopped, _ = after(replace(stopping, job=job("STOPPED"), progress=progress), 110)
+        assert stopped.run.status.phase is Phase.FAILED
+        assert stopped.run.status.attempts[-1].failure_class is FailureClass.RUN_TIMEOUT
+    assert stopped.run.status.attempts[-1].to_step == 7
+    patience = 100 + 60 + 30
+    assert names(plan(stopping, NOW + timedelta(seconds=patience - 1), CONFIG)) == ["StopJob"]
+    deaf, decision = after(stopping, patience)
+    assert names(decision) == ["StopJob"]
+    assert deaf.run.status.phase is Phase.FAILED
+    assert deaf.run.status.attempts[-1].failure_class is FailureClass.RUN_TIMEOUT
 
 
 def test_a_silent_head_is_given_up_and_its_cluster_replaced() -> None:
