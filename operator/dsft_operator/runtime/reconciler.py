@@ -174,12 +174,15 @@ class Reconciler:
             token = await self._kube.token(cluster.uid)
         except KubeError as error:
             return replace(seen, head=Unknown(f"the root key of the Ray tokens cannot be read: {error}"))
+        job = seen.run.status.job
+        # The submission before the session: of a head that restarts in between, the session tells that it is another one.
+        submission = await self._ray.job(address, token, job.submission_id) if job is not None else None
+        if isinstance(submission, Unknown):
+            return replace(seen, head=submission)
         head = await self._ray.head(address, token)
         seen = replace(seen, head=head)
-        job = seen.run.status.job
-        if not isinstance(head, Head) or job is None:
+        if not isinstance(head, Head):
             return seen
-        submission = await self._ray.job(address, token, job.submission_id)
         seen = replace(seen, job=submission)
         if isinstance(submission, RayJob):
             seen = replace(seen, progress=await self._ray.progress(address, token))

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from dsft_api.conditions import ConditionType, FailureClass
@@ -66,6 +66,29 @@ def problems(story: Story, undisturbed: Simulation, point: Point) -> Iterator[st
     if one.made > other.made:
         yield f"made {one.made} clusters"
     yield from differences("status", plain(without_times(one.seen_status)), plain(without_times(other.seen_status)))
+
+
+def interrupt(story: Story, meanwhile: Callable[[World], None]) -> Counter[Way]:
+    """Have something happen right before each call of a story; how many points there were.
+
+    Raises:
+        AssertionError: with every point after which the end was another one, or a law broken.
+    """
+    run = recorded(story)
+    wrong: list[str] = []
+    for point in (Point(Way.MEANWHILE, at) for at in range(1, len(run.calls) + 1)):
+        try:
+            other = story.simulation(point, meanwhile).run()
+        except AssertionError as error:
+            wrong.append(f"{told(run, point)}: {error}")
+            continue
+        is_deleted = other.world.deleting is not None
+        found = [*remains(other), *([] if is_deleted == other.world.gone else ["it is not gone"])]
+        if not is_deleted:
+            found += differences("outcome", plain(settled(other.world)), plain(settled(run.world)))
+        wrong += [f"{told(run, point)}: {problem}" for problem in found]
+    assert not wrong, f"{len(wrong)} of {len(run.calls)} points:\n" + "\n".join(wrong)
+    return Counter({Way.MEANWHILE: len(run.calls)})
 
 
 def settled(world: World) -> FineTuneStatus:

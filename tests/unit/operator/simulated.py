@@ -52,6 +52,7 @@ class Way(StrEnum):
     REPLY_LOST = "reply lost"
     LATE = "read is late"
     DROPPED = "event dropped"
+    MEANWHILE = "something happens meanwhile"
 
 
 AT_EACH_CALL = (Way.DIES_BEFORE, Way.DIES_AFTER, Way.REQUEST_LOST, Way.REPLY_LOST)
@@ -73,6 +74,7 @@ class Simulation:
     world: World
     user: User | None = None
     point: Point | None = None
+    meanwhile: Callable[[World], None] | None = None  # what happens right before the call of a point
     calls: list[str] = field(default_factory=list[str])
     events: list[str] = field(default_factory=list[str])
     versions: list[int] = field(default_factory=list[int])  # how many answers each call has had so far, if it is a read
@@ -157,6 +159,9 @@ class Simulation:
         self.versions.append(len(known) if name in KUBE_READS else 0)
         point = self.point
         way = point.way if point and point.way is not Way.DROPPED and point.at == len(self.calls) else None
+        if way is Way.MEANWHILE and self.meanwhile is not None:
+            self.meanwhile(self.world)
+            self._notice()
         if way is Way.DIES_BEFORE:
             raise Crash
         if way is Way.REQUEST_LOST:
@@ -200,7 +205,7 @@ class Simulation:
     def _snapshot(self) -> dict[str, Any]:
         world = self.world
         clusters = {
-            f"RayCluster {c.name}": (c.uid, c.deleting, c.suspended, c.seen, c.ready, c.mute_pods)
+            f"RayCluster {c.name}": (c.uid, c.deleting, c.suspended, c.seen, c.ready, world.pods_without_secret(c.name))
             for c in world.clusters.values()
         }
         return {"resource": (world.version, world.gone), "pods": world.pods, **clusters}

@@ -31,9 +31,9 @@ class Story:
     submissions: int = 1
     clusters: int = 1
 
-    def simulation(self, point: Point | None = None) -> Simulation:
+    def simulation(self, point: Point | None = None, meanwhile: Callable[[World], None] | None = None) -> Simulation:
         """A fresh world with this story, disturbed at the point."""
-        return Simulation(World(self.spec, steps=STEPS, **self.facts), self.user, point)
+        return Simulation(World(self.spec, steps=STEPS, **self.facts), self.user, point, meanwhile)
 
 
 def phase(world: World) -> Phase | None:
@@ -75,6 +75,11 @@ def suspends(world: World) -> Iterator[Until]:
 
 def resumes(world: World) -> Iterator[Until]:
     yield from suspends(world)
+    world.edit(suspend=False)
+
+
+def resumed_when_suspended(world: World) -> Iterator[Until]:
+    yield lambda: phase(world) is Phase.SUSPENDED
     world.edit(suspend=False)
 
 
@@ -189,6 +194,15 @@ USERS: dict[str, Story] = {
     "an invalid spec is mended": Story(spec={"nodePools": []}, user=is_mended),
     **{f"deleted while {at}": deleted(at) for at in Phase},
 }
+# What happens to a run at any moment, and not once it is told.
+FAULTS: dict[str, Callable[[World], None]] = {
+    "the RayCluster is deleted": World.lose_cluster,
+    "the head restarts": World.restart_head,
+    "a worker is lost": World.lose_worker,
+    "the resource is deleted": World.delete,
+    "it is suspended": lambda world: world.edit(suspend=True),
+}
+RESUMED = Story(user=resumed_when_suspended)
 WAITS: dict[str, Story] = {
     "keepClusterSeconds": Story(spec={"keepClusterSeconds": 60}),
     "queued": Story(spec=QUEUE, facts=ADMITTED),

@@ -56,14 +56,6 @@ class RayCluster:
         return self.manifest["metadata"]["ownerReferences"][0]["uid"]
 
     @property
-    def mute_pods(self) -> tuple[Pod, ...]:
-        """The head, while it waits for the Secret."""
-        if self.age == 0 or self.token_of is not None or self.suspended or not self.seen:
-            return ()
-        waiting = ("CreateContainerConfigError", f'secret "{self.name}" not found')
-        return (Pod(f"{self.name}-head", "head", "headgroup", waiting=waiting),)
-
-    @property
     def ready(self) -> bool:
         return self.age >= 2 and self.token_of is not None and self.seen and not self.deleting and not self.suspended
 
@@ -183,6 +175,16 @@ class World:
             if ticks <= 1:
                 del self.without[what]
                 setattr(self, what, what == "kuberay")
+
+    def pods_without_secret(self, name: str) -> tuple[Pod, ...]:
+        """The head of a cluster, while it waits for the Secret."""
+        cluster = self.clusters.get(name)
+        if cluster is None or cluster.age == 0 or cluster.token_of or cluster.suspended or not cluster.seen:
+            return ()
+        if ("Secret", name) in self.children:
+            return ()
+        waiting = ("CreateContainerConfigError", f'secret "{name}" not found')
+        return (Pod(f"{name}-head", "head", "headgroup", waiting=waiting),)
 
     def check_untouched(self) -> None:
         """What only users, Kueue and KubeRay write is as they wrote it."""
@@ -360,8 +362,7 @@ class FakeKube:
         )
 
     async def pods(self, key: Key, cluster: str) -> tuple[Pod, ...]:
-        found = self._world.clusters.get(cluster)
-        return (*self._world.pods, *(found.mute_pods if found is not None else ()))
+        return (*self._world.pods, *self._world.pods_without_secret(cluster))
 
     async def queueing(self, key: Key, cluster_uid: str) -> Queueing | None:
         self._up()
