@@ -5,12 +5,13 @@ often, to `progress.json` in the run's folder. `seq` grows with every write of o
 """
 
 from enum import StrEnum
+from typing import Annotated
 
 from pydantic import Field
 
 from dsft_api.base import ApiModel
 from dsft_api.conditions import FailureClass, Phase
-from dsft_api.status import Checkpoints, EvaluationStatus, Inputs, Output, ProgressStatus, Time
+from dsft_api.status import Checkpoints, EvaluationStatus, Inputs, Loss, Output, ProgressStatus, Time
 
 PROGRESS_FILE = "dsft-progress.json"
 
@@ -75,6 +76,10 @@ class Progress(ApiModel):
     evaluation: EvaluationStatus | None = Field(default=None, description="The last evaluation.")
     checkpoints: Checkpoints | None = Field(default=None, description="Committed checkpoints.")
     output: Output | None = Field(default=None, description="The exported model.")
+    restarts: int = Field(default=0, description="How often the ranks were lost and started again in this attempt.")
+    losses: Annotated[tuple[Loss, ...], Field(max_length=5)] = Field(
+        default=(), description="The last of these losses, oldest first."
+    )
     failure: TrainerFailure | None = Field(default=None, description="Why the trainer gave up.")
     message: str | None = Field(default=None, max_length=1024, description="What is going on.")
     updated_at: Time = Field(description="When this was written.")

@@ -150,6 +150,17 @@ class Output(ApiModel):
     digest: str = Field(description="sha256:... of its manifest.json.")
 
 
+class Loss(ApiModel):
+    """Ranks that were lost and started again inside an attempt."""
+
+    failure_class: FailureClass = Field(
+        validation_alias="class", serialization_alias="class", description="How they were lost."
+    )
+    step: int | None = Field(default=None, description="Last step that was told before.")
+    time: Time = Field(description="When it was found.")
+    message: str = Field(default="", max_length=512, description="What happened.")
+
+
 class Attempt(ApiModel):
     """One attempt of the run."""
 
@@ -165,6 +176,10 @@ class Attempt(ApiModel):
     nodes: tuple[str, ...] = Field(default=(), description="Nodes it ran on.")
     exit_code: int | None = Field(default=None, description="Exit code of the trainer.")
     message: str | None = Field(default=None, max_length=1024, description="What happened, and what to do.")
+    restarts: int | None = Field(default=None, description="How often its ranks were lost and started again.")
+    losses: Annotated[tuple[Loss, ...], Field(max_length=5)] = Field(
+        default=(), description="The last of these losses, oldest first."
+    )
 
 
 class Usage(ApiModel):

@@ -87,11 +87,14 @@ def _attempt(progress: Progress, previous: FineTuneStatus | None, now: datetime,
         number=progress.attempt,
         start_time=known[0].start_time if known else now,
         end_time=None if exit_code is None else now,
-        from_step=progress.from_step,
+        # Later starts of the ranks go on from what the attempt committed itself.
+        from_step=known[0].from_step if known and progress.restarts else progress.from_step,
         to_step=progress.progress.step if progress.progress else None,
         failure_class=failure.failure_class if failure else None,
         exit_code=exit_code,
         message=failure.message[:1024] if failure else None,
+        restarts=progress.restarts or None,
+        losses=progress.losses,
     )
 
 

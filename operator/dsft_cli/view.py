@@ -37,6 +37,7 @@ class View:
         self._checkpoints: set[str] = set()
         self._failed_saves: int | None = None
         self._evaluated = 0
+        self._restarts = 0
         self._printed = 0.0
 
     def __enter__(self) -> "View":
@@ -54,6 +55,9 @@ class View:
 
     def show(self, progress: Progress) -> None:
         """Show what is new in a document."""
+        if progress.restarts > self._restarts:
+            self._restarts = progress.restarts
+            self.say(f"[yellow]ranks lost[/], starting them again: {escape(progress.message or '')}")
         if progress.phase is not self._phase:
             self._phase = progress.phase
             if progress.phase in (TrainerPhase.LOADING, TrainerPhase.EXPORTING):

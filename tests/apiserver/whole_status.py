@@ -38,7 +38,8 @@ WHOLE: dict[str, Any] = {
     "attempts": [
         {"number": 1, "incarnation": 1, "startTime": TIME, "endTime": TIME, "fromStep": 0, "toStep": 200}
         | {"class": "WorkerLost", "nodes": ["n1"], "exitCode": 1, "message": "a worker was lost"},
-        {"number": 2, "incarnation": 1, "startTime": TIME, "fromStep": 200, "nodes": ["n1"]},
+        {"number": 2, "incarnation": 1, "startTime": TIME, "fromStep": 200, "nodes": ["n1"]}
+        | {"restarts": 1, "losses": [{"class": "Hang", "step": 205, "time": TIME, "message": "no step in 60 s"}]},
     ],
     "retries": 1,
     "retryToken": "again",

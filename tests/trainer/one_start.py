@@ -13,6 +13,7 @@ import torch.distributed as dist
 from dsft_api.job import Job
 from dsft_trainer.errors import TrainerError
 from dsft_trainer.process import prepare_process
+from dsft_trainer.progress import starting
 from dsft_trainer.runtime.channel import Channel
 from dsft_trainer.runtime.torchrun import TorchrunRuntime
 
@@ -26,7 +27,7 @@ def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     for place, job in jobs.items():
         try:
-            run_rank(job, TorchrunRuntime(Channel(place)), torch.device("cpu"))
+            run_rank(job, TorchrunRuntime(Channel(place), starting(job)), torch.device("cpu"))
         except TrainerError:
             logging.getLogger(__name__).exception("%s failed", place.name)
     dist.destroy_process_group()

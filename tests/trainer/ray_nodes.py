@@ -22,7 +22,7 @@ import psutil
 import yaml
 
 from dsft_api.manifest import parse
-from dsft_api.progress import Progress
+from dsft_api.progress import Progress, TrainerPhase
 from dsft_api.status import FineTuneStatus
 from dsft_operator.adapters.ray_jobs import RayJobsHttp
 from dsft_operator.core.decision import SubmitJob
@@ -219,6 +219,11 @@ class Attempt:
         """The last step that it told of."""
         own = self.own()
         return own.progress.step if own is not None and own.progress is not None else 0
+
+    def phase(self) -> TrainerPhase | None:
+        """What it told last."""
+        own = self.own()
+        return own.phase if own is not None else None
 
     def driver_log(self) -> str:
         """The end of what the driver printed, as Ray keeps it."""

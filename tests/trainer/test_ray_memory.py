@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dsft_api.conditions import ExitCode, FailureClass
+from dsft_api.progress import TrainerPhase
 from tests.trainer import tiny
 from tests.trainer.ray_nodes import Attempt, RayNodes, attempt, resource
 from tests.trainer.runs import Manifest, causal_lm
@@ -76,6 +77,8 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     folder = tmp_path_factory.mktemp("assets")
     document = causal_lm("tiny", tiny.llama(folder / "model"), tiny.dataset(folder, "text"), steps=20_000)
     document["spec"]["nodePools"] = [{"name": "cpu", "nodes": 1, "resources": {"requests": {"cpu": 1}}}]
+    # None before its end.
+    document["spec"]["checkpoint"] = {"everySteps": 20_000}
     return document
 
 
@@ -100,7 +103,9 @@ def test_rays_monitor_killed_it(running: Attempt, memory: Memory) -> None:
 
 
 def test_somebody_else_killed_it(running: Attempt, nodes: RayNodes, memory: Memory) -> None:
-    """What the kernel and Ray killed before is not taken for the cause again."""
+    """What the kernel and Ray killed before is not taken for the cause again. Without a commit, one more start is the last."""
+    kill_rank(nodes)
+    running.until(lambda attempt: told_of_group(attempt, 2), "the ranks trained again")
     kill_rank(nodes)
     seen = running.ended()
     assert (seen.state, seen.exit_code) == ("FAILED", ExitCode.OTHER), running.driver_log()
@@ -108,6 +113,13 @@ def test_somebody_else_killed_it(running: Attempt, nodes: RayNodes, memory: Memo
     assert told is not None
     assert told.failure is not None
     assert told.failure.failure_class is FailureClass.WORKER_LOST
+    assert (told.group, told.restarts) == (2, 1)
+    assert [loss.failure_class for loss in told.losses] == [FailureClass.WORKER_LOST]
+
+
+def told_of_group(attempt: Attempt, group: int) -> bool:
+    own = attempt.own()
+    return own is not None and own.group == group and own.phase is TrainerPhase.TRAINING
 
 
 def kill_rank(nodes: RayNodes) -> None:

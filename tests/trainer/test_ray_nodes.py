@@ -17,7 +17,7 @@ from dsft_trainer.checkpoint.listing import read_claims, read_commits
 from dsft_trainer.checkpoint.store import open_store
 from tests.s3_server import S3Server
 from tests.trainer import tiny
-from tests.trainer.ray_nodes import RayNodes, attempt, prefix, resource
+from tests.trainer.ray_nodes import Attempt, RayNodes, attempt, prefix, resource
 from tests.trainer.runs import Manifest, causal_lm
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -62,12 +62,16 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return document
 
 
-def longer(manifest: Manifest, steps: int) -> Manifest:
+def longer(manifest: Manifest, steps: int, commit_every: int = 5000) -> Manifest:
     """The same training, so long."""
     training = {**manifest["spec"]["training"], "maxSteps": steps}
     return {
         **manifest,
-        "spec": {**manifest["spec"], "training": training, "checkpoint": {"everySteps": 5000, "drainSeconds": 60}},
+        "spec": {
+            **manifest["spec"],
+            "training": training,
+            "checkpoint": {"everySteps": commit_every, "drainSeconds": 60},
+        },
     }
 
 
@@ -104,6 +108,30 @@ def test_a_run_succeeds_on_s3_and_is_followed_through_the_operators_adapter(
     assert "a1.g1 starts from the beginning" in logs["driver"]
     assert all("a1.g1 starts from the beginning" in text for text in logs.values())
     assert "a1.g1 starts from the beginning" in nodes.log("head"), "the head's own output lacks what the driver printed"
+
+
+def test_a_lost_node_is_waited_for_inside_the_attempt(nodes: RayNodes, manifest: Manifest, tmp_path: Path) -> None:
+    run = resource(longer(manifest, ENDLESS, commit_every=50), tmp_path.as_uri())
+    only = attempt(nodes, run, 1).post()
+    only.until(lambda _: commits(run) != [], "a commit")
+    nodes.kill("worker-1")
+    only.until(lambda attempt: "waiting for nodes: 1 of 2 CPUs are missing" in message(attempt), "the wait was told")
+    nodes.add_worker("worker-1")
+    only.until(lambda _: any(claim.base_step for claim in read_claims(open_store(prefix(run)))), "another start")
+    only.until(lambda attempt: attempt.phase() is TrainerPhase.TRAINING, "a step was told of")
+    only.stop()
+    assert only.ended().state == "STOPPED", only.driver_log()
+    told = only.own()
+    assert told is not None
+    assert (told.phase, told.restarts, told.group) == (TrainerPhase.INTERRUPTED, 1, 2), only.driver_log()
+    assert [loss.failure_class for loss in told.losses] == [FailureClass.WORKER_LOST]
+    assert [claim.base_step > 0 for claim in read_claims(open_store(prefix(run)))] == [False, True]
+    assert "a1.g2 starts from step-" in stored_log(run, "rank-0-start-2")
+
+
+def message(attempt: Attempt) -> str:
+    own = attempt.own()
+    return own.message or "" if own is not None else ""
 
 
 def test_stop_commits_and_the_next_attempt_goes_on_from_there(

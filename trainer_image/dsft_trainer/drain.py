@@ -24,7 +24,7 @@ def drain() -> int:
         threading.Thread(target=_end_without_head, args=(address,), daemon=True).start()
     import ray
 
-    from dsft_trainer.runtime.ray import NAMESPACE, RELAY_PREFIX
+    from dsft_trainer.runtime.ray_relay import NAMESPACE, RELAY_PREFIX
 
     deadline = time.monotonic() + float(os.environ.get(DRAIN_SECONDS_ENV, "300"))
     try:

@@ -26,7 +26,7 @@ from pydantic import ValidationError
 from dsft_api import layout
 from dsft_api.conditions import ExitCode, FailureClass
 from dsft_api.job import CONTRACT, JOB_ENV, Job
-from dsft_api.progress import PROGRESS_FILE, Progress, TrainerPhase
+from dsft_api.progress import TrainerPhase
 from dsft_api.status import Inputs
 from dsft_trainer.checkpoint.listing import make_claim
 from dsft_trainer.checkpoint.store import Store, open_store
@@ -263,8 +263,7 @@ def _stop_on_signals(channel: Channel, drain_seconds: int) -> None:
 
 def _record(job: Job, channel: Channel, **changes: Any) -> str:
     """Write the last document, here and in storage; what was written."""
-    path = channel.folder / PROGRESS_FILE
-    progress = Progress.model_validate_json(path.read_text()) if path.exists() else starting(job)
+    progress = channel.progress() or starting(job)
     progress = progress.model_copy(update={**changes, "seq": progress.seq + 1, "updated_at": datetime.now(UTC)})
     text = progress.model_dump_json(by_alias=True, exclude_none=True)
     channel.publish(text)

@@ -43,7 +43,7 @@ from dsft_trainer.export import export
 from dsft_trainer.loop import Schedule, Trainer
 from dsft_trainer.metrics import MetricsLog
 from dsft_trainer.model import check_length, load_model, load_tokenizer
-from dsft_trainer.progress import Reporter, SilentReporter, starting
+from dsft_trainer.progress import Reporter, SilentReporter
 from dsft_trainer.runtime import Outcome, Runtime
 from dsft_trainer.versions import versions
 from dsft_trainer.watchdog import Watchdog
@@ -111,7 +111,7 @@ class _Attempt:
             job.storage_prefix, endpoint_url=self.spec.storage.endpoint_url, region=self.spec.storage.region
         )
         self.reporter: Reporter | SilentReporter = (
-            Reporter(starting(job), runtime.publish, self.store) if self.place.is_first else SilentReporter()
+            Reporter(runtime.opening, runtime.publish, self.store) if self.place.is_first else SilentReporter()
         )
 
     def run(self) -> Outcome:

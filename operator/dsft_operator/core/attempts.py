@@ -51,6 +51,7 @@ def followed(status: FineTuneStatus, progress: Progress | None) -> dict[str, Any
     if progress.group == 1:
         # Later groups of the attempt start from what it committed itself. A driver that died early names no step.
         steps["from_step"] = max(progress.from_step, status.attempts[-1].from_step)
+    steps |= {"restarts": progress.restarts, "losses": progress.losses} if progress.restarts else {}
     last = status.attempts[-1].model_copy(update=steps)
     told = progress.checkpoints
     changes = {

@@ -9,7 +9,7 @@ import pytest
 
 from dsft_api.conditions import ConditionType, FailureClass, Phase
 from dsft_api.progress import Progress, TrainerFailure, TrainerPhase
-from dsft_api.status import Attempt, CheckpointRef, Checkpoints, FineTuneStatus
+from dsft_api.status import Attempt, CheckpointRef, Checkpoints, FineTuneStatus, Loss
 from dsft_operator.core.decision import Decision
 from dsft_operator.core.observed import Head, Observed, Unknown
 from dsft_operator.core.plan import plan
@@ -275,8 +275,11 @@ def progress(step: int, committed: int, **facts: Any) -> Progress:
 
 def test_a_group_that_started_again_does_not_hide_what_the_attempt_committed() -> None:
     seen, _ = after(replace(submitted(), progress=progress(30, 20)))
-    seen, _ = after(replace(seen, progress=progress(25, 20, group=2, from_step=20)))
+    assert ended_by(seen).restarts is None
+    loss = Loss(failure_class=FailureClass.WORKER_LOST, step=30, time=NOW)
+    seen, _ = after(replace(seen, progress=progress(25, 20, group=2, from_step=20, restarts=1, losses=(loss,))))
     assert ended_by(seen).from_step == 0
+    assert (ended_by(seen).restarts, ended_by(seen).losses) == (1, (loss,))
     seen, _ = after(replace(seen, head=Head("session-2", "2.60.0"), job=None))
     assert seen.run.status.retries == 0
 

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from dsft_api.progress import TrainerFailure
+from dsft_api.progress import Progress, TrainerFailure
 
 
 class Outcome(StrEnum):
@@ -43,6 +43,8 @@ class Runtime(Protocol):
     """One rank's connection to its launcher. `torch.distributed` is initialised before a Runtime exists."""
 
     place: Place
+    opening: Progress
+    """The document that this start of the ranks goes on from."""
 
     def publish(self, progress: str) -> None:
         """Hand the latest progress document to the launcher; never blocks, the newest wins. Rank 0 only."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsft_api.conditions import FailureClass
-from dsft_api.progress import PROGRESS_FILE, TrainerFailure
+from dsft_api.progress import PROGRESS_FILE, Progress, TrainerFailure
 
 ECHOES = (FailureClass.UNKNOWN, FailureClass.WORKER_LOST)
 """Classes that are often only the echo of another rank's failure."""
@@ -24,6 +24,11 @@ class Channel:
     def publish(self, progress: str) -> None:
         """Replace the progress document."""
         self._write(PROGRESS_FILE, progress)
+
+    def progress(self) -> Progress | None:
+        """The last document; None if there is none."""
+        path = self.folder / PROGRESS_FILE
+        return Progress.model_validate_json(path.read_text()) if path.exists() else None
 
     def request_drain(self) -> None:
         """Ask the ranks to commit at the next step boundary and stop."""
@@ -47,7 +52,13 @@ class Channel:
     def reset(self) -> None:
         """Forget the attempt before this one."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in (self.folder / PROGRESS_FILE, self.folder / "drain", *self.folder.glob("failure-*.json")):
+        for path in (self.folder / PROGRESS_FILE, self.folder / "drain"):
+            path.unlink(missing_ok=True)
+        self.forget_failures()
+
+    def forget_failures(self) -> None:
+        """Forget why the ranks died: they are about to start again."""
+        for path in self.folder.glob("failure-*.json"):
             path.unlink(missing_ok=True)
 
     def _write(self, name: str, text: str) -> None:

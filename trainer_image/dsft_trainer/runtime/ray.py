@@ -3,6 +3,8 @@
 Nothing is reported through `ray.train.report`: it takes one report per controller poll (2 s by default) and a report that
 returned can still be lost. Progress, drain and failures go through one small actor on the driver's node instead, and
 checkpoints are committed in storage by the ranks themselves (docs/decisions/0003).
+
+A TorchTrainer is one start of the ranks. Where another one can follow inside the attempt, it is a new one (docs/decisions/0016).
 """
 
 import importlib
@@ -12,7 +14,7 @@ import secrets
 import signal
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tenacity import Retrying, retry_if_exception_message, stop_after_attempt
 
 from dsft_api.job import Job
-from dsft_api.progress import TrainerFailure
-from dsft_trainer.checkpoint.store import open_store
+from dsft_api.progress import Progress, TrainerFailure
 from dsft_trainer.drain import RAY_ADDRESS_ENV
 from dsft_trainer.errors import TrainerError
 from dsft_trainer.logs import LogShipper, output_files
@@ -32,6 +33,9 @@ from dsft_trainer.process import rank_environment, start_environment
 from dsft_trainer.runtime import Outcome, Place
 from dsft_trainer.runtime.channel import ECHOES, Channel
 from dsft_trainer.runtime.oom import oom_kills
+from dsft_trainer.runtime.ray_relay import NAMESPACE, RELAY_PREFIX, Relay
+from dsft_trainer.runtime.ray_starts import Silence, run_starts, store_of
+from dsft_trainer.runtime.starts import Start
 
 if TYPE_CHECKING:
     import ray.data
@@ -40,62 +44,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Of the Relay actors, so that `drain` finds them.
-NAMESPACE = "dsft"
-RELAY_PREFIX = "dsft-"
 # Shared memory of a local Ray without Ray Data: nothing but small messages goes through it.
 LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
 LOCAL_OBJECT_STORE_BYTES_FOR_DATA = 2**30
 PRIVATE_STARTS = 3
 
 
-class Relay:
-    """The channel's folder, reachable from other machines. A named actor beside the driver."""
-
-    def __init__(self, folder: str, *, drains: bool) -> None:
-        """`drains`: there are ranks that look whether a drain was requested."""
-        self._channel = Channel(Path(folder))
-        self._drains = drains
-        self._outcome: str | None = None
-        self._closed = False
-
-    def publish(self, progress: str) -> bool:
-        """Replace the progress document; answers whether a drain was requested."""
-        if not self._closed:
-            self._channel.publish(progress)
-        return self._channel.drain_requested()
-
-    def close(self) -> None:
-        """Take no more documents: the last word is the driver's, and one of a rank may still be on its way."""
-        self._closed = True
-
-    def request_drain(self) -> None:
-        """Ask the ranks to commit and stop."""
-        self._channel.request_drain()
-
-    def fail(self, failure: str) -> None:
-        """Record why a rank died."""
-        self._channel.fail(TrainerFailure.model_validate_json(failure))
-
-    def set_outcome(self, outcome: str) -> None:
-        """Rank 0's last word."""
-        self._outcome = outcome
-
-    def drains(self) -> bool:
-        """Whether it helps to wait for a drain."""
-        return self._drains
-
-    def outcome(self) -> str | None:
-        """What rank 0 said last."""
-        return self._outcome
-
-
 class RayRuntime:
     """A rank inside a Ray Train worker."""
 
-    def __init__(self, relay: Any, datasets: Sequence[str]) -> None:
+    def __init__(self, relay: Any, start: int, opening: Progress, datasets: Sequence[str]) -> None:
         import ray.train
 
+        self.opening = opening
+        self._start = start
         context = ray.train.get_context()
         self.place = Place(context.get_world_rank(), context.get_world_size(), context.get_local_rank())
         self._relay = relay
@@ -103,10 +65,21 @@ class RayRuntime:
         self._answer: ray.ObjectRef | None = None
         self._drain = False
 
+    @staticmethod
+    def of(config: dict[str, Any]) -> "RayRuntime":
+        """That of the rank that was told this."""
+        opening = Progress.model_validate_json(config["opening"])
+        return RayRuntime(config["relay"], config["start"], opening, config.get("datasets", ()))
+
+    @property
+    def log_name(self) -> str:
+        """The name of this rank's log: each start inside an attempt has its own."""
+        return f"rank-{self.place.rank}" + (f"-start-{self._start}" if self._start > 1 else "")
+
     def publish(self, progress: str) -> None:
         """Send the document without waiting for its arrival; look at the answer to the one before."""
         self._look_at_answer(0)
-        self._answer = self._relay.publish.remote(progress)
+        self._answer = self._relay.publish.remote(self._start, progress)
 
     def drain_requested(self) -> bool:
         """Whether an answer said so. Only rank 0 publishes; its peers learn it from the step's reduction."""
@@ -116,7 +89,7 @@ class RayRuntime:
     def fail(self, failure: TrainerFailure) -> None:
         """Tell the relay, waiting 10 s at most."""
         try:
-            ray.get(self._relay.fail.remote(failure.model_dump_json(by_alias=True)), timeout=10)
+            ray.get(self._relay.fail.remote(self._start, failure.model_dump_json(by_alias=True)), timeout=10)
         except ray.exceptions.RayError as error:
             log.warning("the failure could not be reported: %s", error)
 
@@ -132,7 +105,7 @@ class RayRuntime:
         """Wait until the relay has rank 0's last document and outcome."""
         if self.place.is_first:
             self._look_at_answer(30)
-            ray.get(self._relay.set_outcome.remote(str(outcome)), timeout=30)
+            ray.get(self._relay.set_outcome.remote(self._start, str(outcome)), timeout=30)
 
     def _look_at_answer(self, timeout: float) -> None:
         if self._answer is None:
@@ -156,16 +129,14 @@ def rank_main(config: dict[str, Any]) -> None:
 
     from dsft_trainer.rank import run_rank
 
-    runtime = RayRuntime(config["relay"], config["datasets"])
-    with log_shipped(job, runtime.place) if config["on_cluster"] else nullcontext():
+    runtime = RayRuntime.of(config)
+    with log_shipped(job, runtime) if config["on_cluster"] else nullcontext():
         runtime.finish(run_rank(job, runtime, ray.train.torch.get_device()))
 
 
-def log_shipped(job: Job, place: Place) -> LogShipper:
+def log_shipped(job: Job, runtime: RayRuntime) -> LogShipper:
     """While this is open, what this process prints goes to storage."""
-    storage = job.spec.storage
-    store = open_store(job.storage_prefix, endpoint_url=storage.endpoint_url, region=storage.region)
-    return LogShipper.of(job, store, f"rank-{place.rank}", output_files())
+    return LogShipper.of(job, store_of(job), runtime.log_name, output_files())
 
 
 def launch(job: Job, channel: Channel) -> Outcome:
@@ -190,7 +161,7 @@ def launch(job: Job, channel: Channel) -> Outcome:
             .options(name=f"{RELAY_PREFIX}{job.run.uid}-a{job.attempt}", num_cpus=0, scheduling_strategy=here)
             .remote(str(channel.folder), drains=job.spec.program is None)
         )
-        _fit(_program_trainer(job, relay) if job.spec.program else _trainer(job, relay), channel, relay)
+        run_starts(job, channel, relay, lambda start: _fit(job, start, channel, relay))
         return Outcome.SUCCEEDED if job.spec.program else Outcome(ray.get(relay.outcome.remote(), timeout=30))
     finally:
         ray.shutdown()
@@ -223,7 +194,7 @@ def _connect(job: Job) -> None:
             )
 
 
-def _trainer(job: Job, relay: Any) -> "TorchTrainer":
+def _trainer(job: Job, relay: Any, start: Start) -> "TorchTrainer":
     """The built-in training."""
     from ray.train import DataConfig
 
@@ -234,24 +205,30 @@ def _trainer(job: Job, relay: Any) -> "TorchTrainer":
     book = {"name": f"{job.run.uid}-a{job.attempt}", "storage_path": tempfile.mkdtemp(prefix="dsft-ray-")}
     return LeanTorchTrainer(
         rank_main,
-        train_loop_config={**_told(job, relay), "datasets": list(datasets)},
+        train_loop_config={**_told(job, relay, start), "datasets": list(datasets)},
         datasets=datasets,
         dataset_config=DataConfig(datasets_to_split=[]),
         **_settings(job, **book),
     )
 
 
-def _program_trainer(job: Job, relay: Any) -> "TorchTrainer":
-    """The user's. Its checkpoints go where Ray Train finds them in the next attempt."""
+def _program_trainer(job: Job, relay: Any, start: Start) -> "TorchTrainer":
+    """The user's. Its checkpoints go where Ray Train finds them in the next start."""
     from dsft_trainer.runtime.ray_program import FOLDER, ProgramProgress, program_main
     from dsft_trainer.runtime.ray_trainer import LeanTorchTrainer
 
-    book = {"name": FOLDER, "storage_path": job.storage_prefix, "callbacks": [ProgramProgress(job, relay)]}
-    return LeanTorchTrainer(program_main, train_loop_config=_told(job, relay), **_settings(job, **book))
+    book = {"name": FOLDER, "storage_path": job.storage_prefix, "callbacks": [ProgramProgress(relay, start)]}
+    return LeanTorchTrainer(program_main, train_loop_config=_told(job, relay, start), **_settings(job, **book))
 
 
-def _told(job: Job, relay: Any) -> dict[str, Any]:
-    return {"job": job.to_json(), "relay": relay, "on_cluster": bool(os.environ.get(RAY_ADDRESS_ENV))}
+def _told(job: Job, relay: Any, start: Start) -> dict[str, Any]:
+    return {
+        "job": job.to_json(),
+        "relay": relay,
+        "start": start.number,
+        "opening": start.opening.model_dump_json(by_alias=True),
+        "on_cluster": bool(os.environ.get(RAY_ADDRESS_ENV)),
+    }
 
 
 def _settings(job: Job, **book: Any) -> dict[str, Any]:
@@ -267,7 +244,7 @@ def _settings(job: Job, **book: Any) -> dict[str, Any]:
             num_workers=job.ranks.count, use_gpu=cuda, resources_per_worker={"GPU": 1} if cuda else {"CPU": 1}
         ),
         "run_config": RunConfig(
-            # One start of the ranks per attempt: what comes after a failure is for whoever starts attempts to decide.
+            # One start of the ranks per trainer: what comes after a failure is decided by `starts`.
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
             worker_runtime_env=_rank_runtime_env(job),
             **book,
@@ -275,9 +252,10 @@ def _settings(job: Job, **book: Any) -> dict[str, Any]:
     }
 
 
-def _fit(trainer: "TorchTrainer", channel: Channel, relay: Any) -> None:
+def _fit(job: Job, start: Start, channel: Channel, relay: Any) -> None:
     oom_kills_before = oom_kills()
-    error = _fit_apart(trainer)
+    trainer = _program_trainer(job, relay, start) if job.spec.program else _trainer(job, relay, start)
+    error = _fit_apart(trainer, Silence(job, start, relay).look)
     _close(relay)
     failure = _failure(channel, error, oom_kills_before)
     if failure is not None:
@@ -318,7 +296,7 @@ def _failure(channel: Channel, error: BaseException | None, oom_kills_before: in
     return TrainerError.from_report(told) if told is not None else cause
 
 
-def _fit_apart(trainer: Any) -> BaseException | None:
+def _fit_apart(trainer: Any, look: Callable[[], None]) -> BaseException | None:
     """Run `fit` outside the main thread, where it cannot replace our signal handlers with an abort that commits nothing."""
     errors: list[BaseException] = []
 
@@ -333,6 +311,7 @@ def _fit_apart(trainer: Any) -> BaseException | None:
     while thread.is_alive():
         # In slices: a signal handler runs in the main thread, between them.
         thread.join(timeout=0.2)
+        look()
     return next(iter(errors), None)
 
 

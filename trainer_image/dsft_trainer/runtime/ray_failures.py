@@ -43,6 +43,11 @@ def cause_of(error: Exception) -> TrainerError:
     return failure_of(error)
 
 
+def never_placed(error: BaseException | None) -> bool:
+    """Whether the ranks waited in vain for nodes: those who start attempts see why, and wait better."""
+    return any(isinstance(part, WorkerGroupStartupTimeoutError) for part in _chain(error))
+
+
 def out_of_memory(here_before: int) -> TrainerError | None:
     """HostOOM if memory ran out on a node since this attempt began; None if not, or nobody knows.
 

@@ -15,10 +15,12 @@ from dsft_api.job import Job
 from dsft_api.progress import Progress, TrainerPhase
 from dsft_api.status import EvaluationStatus, ProgressStatus
 from dsft_trainer.errors import failure_of
-from dsft_trainer.progress import starting
+from dsft_trainer.runtime.starts import Start
 
 FOLDER = "ray"
 """Ray Train's folder in the run's own."""
+BOOK = f"{FOLDER}/checkpoint_manager_snapshot.json"
+"""Where Ray Train writes down which checkpoints there are."""
 
 _FIELDS = ("epoch", "loss", "learning_rate", "tokens_per_second", "mfu")
 _MAX_METRICS = 32
@@ -34,8 +36,8 @@ def program_main(config: dict[str, Any]) -> None:
     from dsft_trainer.runtime.ray import RayRuntime, log_shipped
 
     assert job.spec.program is not None, "only such jobs come here"  # noqa: S101
-    runtime = RayRuntime(config["relay"], ())
-    with log_shipped(job, runtime.place) if config["on_cluster"] else nullcontext():
+    runtime = RayRuntime.of(config)
+    with log_shipped(job, runtime) if config["on_cluster"] else nullcontext():
         try:
             run_program(job.spec.program)
         except Exception as error:
@@ -46,9 +48,10 @@ def program_main(config: dict[str, Any]) -> None:
 class ProgramProgress(UserCallback):
     """Turns each report into a progress document. Runs in Ray Train's controller."""
 
-    def __init__(self, job: Job, relay: Any) -> None:
+    def __init__(self, relay: Any, start: Start) -> None:
         self._relay = relay
-        self._progress = starting(job)
+        self._start = start.number
+        self._progress = start.opening
         self._reports = 0
 
     def after_report(
@@ -60,7 +63,7 @@ class ProgramProgress(UserCallback):
         """All ranks reported: rank 0's numbers count."""
         self._reports += 1
         self._progress = reported(self._progress, metrics[0] if metrics else {}, self._reports)
-        self._relay.publish.remote(self._progress.model_dump_json(by_alias=True, exclude_none=True))
+        self._relay.publish.remote(self._start, self._progress.model_dump_json(by_alias=True, exclude_none=True))
 
 
 def reported(progress: Progress, metrics: Mapping[str, Any], reports: int) -> Progress:

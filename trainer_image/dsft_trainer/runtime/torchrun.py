@@ -18,9 +18,10 @@ import pyarrow as pa
 
 from dsft_api.conditions import FailureClass
 from dsft_api.job import Job
-from dsft_api.progress import TrainerFailure
+from dsft_api.progress import Progress, TrainerFailure
 from dsft_trainer.errors import TrainerError, failure_of
 from dsft_trainer.process import prepare_process, rank_environment, torch_device
+from dsft_trainer.progress import starting
 from dsft_trainer.runtime import Outcome, Place
 from dsft_trainer.runtime.channel import Channel
 
@@ -30,7 +31,8 @@ log = logging.getLogger(__name__)
 class TorchrunRuntime:
     """A rank whose launcher shares its machine; signals and the channel's folder connect them."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, opening: Progress) -> None:
+        self.opening = opening
         self.place = Place(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
         self._channel = channel
         self._signalled = False
@@ -61,7 +63,7 @@ def rank_main(job_json: str, folder: str) -> str:
     """Entry point of each process that torch elastic starts: returns the outcome."""
     _die_with_launcher()
     job = Job.model_validate_json(job_json)
-    runtime = TorchrunRuntime(Channel(Path(folder)))
+    runtime = TorchrunRuntime(Channel(Path(folder)), starting(job))
     try:
         return str(_train(job, runtime))
     except Exception as error:  # noqa: BLE001  the edge of the process; `launch` raises it again
@@ -119,6 +121,7 @@ def launch(job: Job, channel: Channel) -> Outcome:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         run_id=job.run.uid,
+        # A lost rank ends the attempt here: what starts attempts is at hand.
         max_restarts=0,
         monitor_interval=0.1,
         start_method=start_method,

@@ -1,0 +1,113 @@
+"""The starts of the ranks inside one attempt on Ray: one after the other, and what status says while they are silent.
+
+Each is a TorchTrainer of its own: all that the first start does, and all that is found out about its end, serves the next ones
+too (docs/decisions/0016).
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import ray
+
+from dsft_api.job import Job
+from dsft_trainer.checkpoint.listing import read_commits
+from dsft_trainer.checkpoint.store import Store, open_store
+from dsft_trainer.errors import TrainerError
+from dsft_trainer.progress import starting
+from dsft_trainer.runtime.channel import Channel
+from dsft_trainer.runtime.starts import HEALED, Start, waiting
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0
+
+
+def run_starts(job: Job, channel: Channel, relay: Any, fit: Callable[[Start], None]) -> None:
+    """Have `fit` start the ranks and see them end, and again after each loss that is healed so.
+
+    Raises:
+        TrainerError: the failure that ended the attempt.
+    """
+    start = Start(1, _newest(job), starting(job))
+    while True:
+        channel.forget_failures()
+        ray.get(relay.begin.remote(start.number), timeout=30)
+        try:
+            fit(start)
+        except TrainerError as failure:
+            following = _following(job, start, failure, channel)
+            if following is None:
+                raise
+            log.warning("start %d of the ranks was lost: %s", start.number, failure)
+            start = following
+        else:
+            return
+
+
+def _following(job: Job, start: Start, failure: TrainerError, channel: Channel) -> Start | None:
+    # Imported here, as it takes torch with it: the driver imports that beside `ray.init`.
+    from dsft_trainer.runtime import ray_failures
+
+    if failure.failure_class not in HEALED or ray_failures.never_placed(failure.__cause__):
+        return None
+    try:
+        newest = _newest(job)
+    except (TrainerError, OSError) as error:
+        log.warning("storage does not say what was committed, so the ranks are not started again: %s", error)
+        return None
+    told = channel.progress() or start.opening
+    return start.after(failure, told, newest, datetime.now(UTC), draining=channel.drain_requested())
+
+
+def _newest(job: Job) -> str | None:
+    """What names the newest commit: its folder, or of a program, whose commits are Ray Train's, the digest of its book."""
+    if job.spec.program is None:
+        commits = read_commits(store_of(job))
+        return commits[-1].name if commits else None
+    from dsft_trainer.runtime.ray_program import BOOK
+
+    book = store_of(job).get_bytes(BOOK)
+    return hashlib.sha256(book).hexdigest() if book is not None else None
+
+
+def store_of(job: Job) -> Store:
+    """The run's folder."""
+    storage = job.spec.storage
+    return open_store(job.storage_prefix, endpoint_url=storage.endpoint_url, region=storage.region)
+
+
+class Silence:
+    """Until the ranks of a start are heard: tells status what they wait for."""
+
+    def __init__(self, job: Job, start: Start, relay: Any) -> None:
+        self._ranks = job.ranks
+        self._start = start
+        self._relay = relay
+        self._told: str | None = None
+        self._next_look: float | None = 0.0
+
+    def look(self) -> None:
+        """Cheap: looks once a second, and no more once they were heard."""
+        if self._next_look is None or time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + LOOK_SECONDS
+        message = waiting(self._start, self._lacking())
+        news = None
+        if message != self._told:
+            self._told = message
+            changes = {"message": message[:1024], "updated_at": datetime.now(UTC)}
+            news = self._start.opening.model_copy(update=changes).model_dump_json(by_alias=True)
+        try:
+            if not ray.get(self._relay.announce.remote(self._start.number, news), timeout=10):
+                self._next_look = None
+        except ray.exceptions.RayError as error:
+            log.warning("the relay does not answer: %s", error)
+
+    def _lacking(self) -> str | None:
+        kind = "GPU" if self._ranks.device == "cuda" else "CPU"
+        missing = self._ranks.count - int(ray.cluster_resources().get(kind, 0))
+        return f"waiting for nodes: {missing} of {self._ranks.count} {kind}s are missing" if missing > 0 else None
