@@ -210,13 +210,14 @@ class TestInterrupted:
 
     @pytest.fixture(scope="class")
     def resumed(self, interrupted: tuple[Ended, RunFolder], dsft: Dsft, manifest: dict[str, Any]) -> Ended:
-        """Tried with another number of ranks first."""
-        file = dsft.write(manifest)
-        refused = dsft("run", "-f", file, "--workers", "1", *TORCHRUN)
+        """Tried with another number of ranks first, which the manifest refuses for that time."""
+        checkpoint = {**manifest["spec"]["checkpoint"], "onWorldSizeChange": "refuse"}
+        strict = {**manifest, "spec": {**manifest["spec"], "checkpoint": checkpoint}}
+        refused = dsft("run", "-f", dsft.write(strict), "--workers", "1", *TORCHRUN)
         assert refused.code == ExitCode.BAD_INPUT, refused.text
         assert "was written by 2 ranks, and 1 would load it" in refused.err
         assert "run with 2 ranks again" in refused.err
-        return dsft("run", "-f", file, "-o", "json", *TORCHRUN)
+        return dsft("run", "-f", dsft.write(manifest), "-o", "json", *TORCHRUN)
 
     def test_the_same_command_goes_on_from_that_step(
         self, resumed: Ended, interrupted: tuple[Ended, RunFolder]
