@@ -59,7 +59,11 @@ def problems(story: Story, undisturbed: Simulation, point: Point) -> Iterator[st
         return
     if point.way is Way.LATE:
         # An attempt or a cluster more is no harm where what was read is not so; the end is the same.
-        yield from differences("outcome", plain(settled(one)), plain(settled(other)))
+        left, right = plain(settled(one)), plain(settled(other))
+        if story.is_cut_off:
+            # Where time was up, an attempt more has come another way.
+            left["progress"] = right["progress"] = None
+        yield from differences("outcome", left, right)
         return
     if one.submissions != other.submissions:
         yield f"submitted {one.submissions}"

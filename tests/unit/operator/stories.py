@@ -31,6 +31,11 @@ class Story:
     submissions: int = 1
     clusters: int = 1
 
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether it ends when its time is up, however far it came."""
+        return "runSeconds" in self.spec.get("deadlines", {})
+
     def simulation(self, point: Point | None = None, meanwhile: Callable[[World], None] | None = None) -> Simulation:
         """A fresh world with this story, disturbed at the point."""
         return Simulation(World(self.spec, steps=STEPS, **self.facts), self.user, point, meanwhile)
