@@ -116,6 +116,10 @@ bench: venv ## Start-up and steady state against bare torchrun and DeepSpeed; mi
 bench-checkpoint: venv ## What a checkpoint costs training, against the synchronous way and a plain copy; minutes, wants an idle machine
 	$(BIN)/python -m tests.bench.checkpoint
 
+.PHONY: bench-recover
+bench-recover: venv ## From a killed rank to the next step; minutes, wants an idle machine
+	$(BIN)/python -m tests.bench.recover
+
 .PHONY: bench-operator
 bench-operator: venv ## The operator on a real API server: delays, requests, CPU and memory per resource, a restart; wants an idle machine
 	$(BIN)/python -m tests.bench.operator_scale
