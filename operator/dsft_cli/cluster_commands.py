@@ -53,7 +53,7 @@ def get(
 
 def watch(name: NameArgument, namespace: NamespaceOption = None, output: OutputOption = Format.TEXT) -> None:
     """Follow a run on the cluster to its end: one line for each change. Exit code 0 when it succeeded, else as `dsft run`."""
-    status = _follow(_connect(namespace), name, lambda status: status.completion_time is not None or _refused(status))
+    status = _follow(_connect(namespace), name, _is_over)
     if output is not Format.TEXT:
         document(status.to_wire(), output)
     raise typer.Exit(_exit_code(status))
@@ -69,9 +69,7 @@ def suspend(
     client = _connect(namespace)
     status = _status(_asked(client.suspend, name, suspend=True))
     if wait:
-        status = _follow(
-            client, name, lambda status: status.phase is Phase.SUSPENDED or status.completion_time is not None
-        )
+        status = _follow(client, name, lambda status: status.phase is Phase.SUSPENDED or _is_over(status))
     if output is not Format.TEXT:
         document(status.to_wire(), output)
 
@@ -153,8 +151,11 @@ def _status(resource: Any) -> FineTuneStatus:
     return status_of(resource)
 
 
-def _refused(status: FineTuneStatus) -> bool:
-    return any(c.type is ConditionType.STALLED and c.status == "True" for c in status.conditions)
+def _is_over(status: FineTuneStatus) -> bool:
+    """Ended, or refused: nothing will happen by itself."""
+    return status.completion_time is not None or any(
+        c.type is ConditionType.STALLED and c.status == "True" for c in status.conditions
+    )
 
 
 def _exit_code(status: FineTuneStatus) -> int:

@@ -119,6 +119,23 @@ def test_resume_goes_on_where_the_other_run_was(namespace: str, old: Store, tmp_
     assert again.state.value == "step 12 of a1.g1"
 
 
+def test_a_run_that_is_through_leaves_nothing_to_resume(namespace: str, old: Store, tmp_path: Path) -> None:
+    start = new_start(namespace, tmp_path / "scratch", chosen(namespace))
+    start.begin(1)
+    start.checkpointer.restorer.check_end(10)
+    with pytest.raises(TrainerError, match="is at step 9, and training ends at step 9") as caught:
+        start.checkpointer.restorer.check_end(9)
+    assert caught.value.failure_class is FailureClass.CONFIG_INVALID
+    # Its weights alone begin at step 0, and its own commits at the end need only be exported.
+    weights = new_start(namespace, tmp_path / "weights", chosen(namespace), weights_only=True, convert=Converter())
+    weights.begin(1)
+    weights.checkpointer.restorer.check_end(9)
+    weights.save(9)
+    again = new_start(namespace, tmp_path / "again", chosen(namespace))
+    again.begin(2)
+    again.checkpointer.restorer.check_end(9)
+
+
 def test_weights_begin_at_step_0(namespace: str, old: Store, tmp_path: Path) -> None:
     before = contents(old, "")
     convert = Converter()

@@ -138,6 +138,7 @@ class _Attempt:
         self.beat()
         batches = GlobalBatches(len(data.train), self.work.training.global_batch_size, self.work.training.seed)
         schedule = self._schedule(batches, has_eval=data.eval is not None)
+        checkpointer.restorer.check_end(schedule.total_steps)
         engine = self._engine(
             folder, tokenizer, data, schedule.total_steps, universal=checkpointer.restorer.must_convert
         )

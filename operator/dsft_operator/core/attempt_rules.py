@@ -22,8 +22,7 @@ from dsft_operator.core.waiting import explain
 UNREACHABLE_SECONDS = 180
 # Ray starts a driver within seconds, which nothing but looking tells.
 FIRST_LOOK_SECONDS = 0.25
-# How long a driver that failed is asked for its last document. One that succeeded is asked for as long as a head may be
-# silent: without the document it would train again.
+# How long a driver that failed is asked for its last document. One that succeeded: as long as a head may be silent.
 LAST_WORD_SECONDS = 20
 # How long the kubelet may take to tell how a container ended whose end the driver felt at once.
 EVIDENCE_SECONDS = 5
@@ -117,28 +116,51 @@ def over(seen: Observed, now: datetime, _config: OperatorConfig) -> Decision | N
     if not isinstance(job, RayJob) or spec is None:
         return Decision(requeue_after=SOON)
     progress = report_of(seen)
-    if isinstance(seen.progress, Unknown):
-        # Since it was first asked in vain: the driver may have ended long before anybody could look.
-        patience = UNREACHABLE_SECONDS if job.state == "SUCCEEDED" else LAST_WORD_SECONDS
-        if _silent_seconds(run.status, now) < patience:
-            words = f"the driver has ended, and its last words cannot be read: {seen.progress.reason}"
-            return Decision(status=_silent(seen, now, words), requeue_after=SOON)
+    if (unread := _unread(seen, now, job)) is not None:
+        return Decision(status=unread, requeue_after=SOON)
     told = _told(seen, job, progress)
     if progress is not None and progress.phase is TrainerPhase.SUCCEEDED:
         after = run.status.model_copy(update=told)
-        told |= attempts.ended(after, spec, now, None)
+        told |= attempts.ended(after, spec, _end(job, now), None)
         message = f"done: {progress.output.uri}" if progress.output else "done"
         facts = _facts(run.status, told)
         wish = report(run, now, Phase.SUCCEEDED, Reason.SUCCEEDED, message, facts, completion_time=now, **told)
         return Decision(status=wish, requeue_after=0)
     cause = _cause(seen, job, progress)
     if cause.failure_class is FailureClass.PREEMPTED:
-        cause = _overtime(seen, now) or cause
+        cause = _overtime(seen, _end(job, now)) or cause
     age = (now - job.ended).total_seconds() if job.ended is not None else EVIDENCE_SECONDS
     if is_echo(cause) and 0 <= age < EVIDENCE_SECONDS:
         return Decision(requeue_after=SOON)
     # A head that lost its driver is not whole, whatever its readiness says.
     return again(seen, now, cause, *(_broken(seen) if cause.failure_class is FailureClass.HEAD_LOST else ()))
+
+
+def _unread(seen: Observed, now: datetime, job: RayJob) -> FineTuneStatus | None:
+    """The status while an ended driver's last document may yet be read; None once it was, or patience is over.
+
+    A driver that succeeded has always left one: to go on without it would train again.
+    """
+    status, succeeded = seen.run.status, job.state == "SUCCEEDED"
+    if isinstance(seen.progress, Unknown):
+        reason = seen.progress.reason
+    elif succeeded and seen.progress is None:
+        reason = "Ray has no such file"
+    else:
+        return None
+    words = f"the driver has ended, and its last words cannot be read: {reason}"
+    if status.job is None or status.job.state != job.state:
+        # Patience counts from here: the head may have been silent for long before it told that the driver ended.
+        told = _told(seen, job, None)
+        phase = status.phase or Phase.STARTING
+        return report(seen.run, now, phase, Reason.RAY_UNREACHABLE, words, _heard(status, told), **told)
+    patience = UNREACHABLE_SECONDS if succeeded else LAST_WORD_SECONDS
+    return _silent(seen, now, words) if _silent_seconds(status, now) < patience else None
+
+
+def _end(job: RayJob | None, now: datetime) -> datetime:
+    """When the driver ended, which may be long before anybody could look."""
+    return min(now, job.ended) if job is not None and job.ended is not None else now
 
 
 def again(seen: Observed, now: datetime, cause: Cause, *actions: Action) -> Decision:
@@ -147,7 +169,7 @@ def again(seen: Observed, now: datetime, cause: Cause, *actions: Action) -> Deci
     cause = with_evidence(cause, seen)
     job = seen.job if isinstance(seen.job, RayJob) else None
     changes = _told(seen, job, report_of(seen))
-    changes |= attempts.ended(status.model_copy(update=changes), spec, now, cause)
+    changes |= attempts.ended(status.model_copy(update=changes), spec, _end(job, now), cause)
     retries, limit = changes.get("retries") or 0, spec.retry.limit if spec is not None else 0
     fact = Fact(value=False, reason=cause.failure_class, message=cause.message)
     facts = _heard(status, changes) if job is not None else {ConditionType.JOB_SUBMITTED: fact}
@@ -297,14 +319,15 @@ def _stopped(seen: Observed, now: datetime, job: RayJob, cause: Cause) -> Decisi
     """Stop the driver, and hear its last commit; a driver that does not end is left to the deletion of its pods."""
     status, spec = seen.run.status, seen.run.spec
     assert spec is not None, "rule refused comes first"  # noqa: S101
-    bound = (spec.deadlines.run_seconds or 0) + spec.checkpoint.drain_seconds + STOP_MARGIN_SECONDS
+    # Since it was first asked to stop: a bound may be set, or an operator come back, long after the time was up.
+    since = status.phase_time if status.phase is Phase.SUSPENDING and status.phase_time else now
     told = _told(seen, job, report_of(seen))
-    facts = _facts(status, told)
-    if attempts.trained_seconds(status, now) >= bound:
+    facts = _heard(status, told)
+    if (now - since).total_seconds() >= spec.checkpoint.drain_seconds + STOP_MARGIN_SECONDS:
         decision = failed(seen, now, cause, facts, **told)
         return Decision((StopJob(job.submission_id),), decision.status, decision.requeue_after)
     message = f"{cause.message}: the trainer commits, and the run ends"
-    wish = report(seen.run, now, status.phase or Phase.RUNNING, cause.failure_class, message, facts, **told)
+    wish = report(seen.run, now, Phase.SUSPENDING, cause.failure_class, message, facts, **told)
     return Decision((StopJob(job.submission_id),), wish, SOON)
 
 

@@ -327,19 +327,62 @@ def test_the_end_does_not_leave_a_silence_behind() -> None:
     assert checkpoint.status == "True"
 
 
-@pytest.mark.parametrize(("state", "patience"), [("SUCCEEDED", 180), ("FAILED", 20)])
-def test_the_last_words_are_asked_for_again_however_long_ago_the_driver_ended(state: str, patience: int) -> None:
-    """The operator was away at the end, and its first read of the document is lost."""
+@pytest.mark.parametrize("silent_before", [0, 170])
+@pytest.mark.parametrize(
+    ("state", "progress", "patience"),
+    [("SUCCEEDED", Unknown("reset"), 180), ("SUCCEEDED", None, 180), ("FAILED", Unknown("reset"), 20)],
+)
+def test_the_last_words_are_asked_for_again_however_long_ago_the_driver_ended(
+    state: str, progress: Unknown | None, patience: int, silent_before: int
+) -> None:
+    """The operator was away at the end, or the head was silent; and the first read of the document is lost."""
+    seen = submitted()
+    if silent_before:
+        seen, _ = after(replace(seen, head=Unknown("refused"), job=None), -silent_before)
     ended = job(state, ended=NOW - timedelta(hours=1))
-    seen, decision = after(replace(submitted(), job=ended, progress=Unknown("reset")))
+    seen, decision = after(replace(seen, head=whole().head, job=ended, progress=progress))
     assert decision.requeue_after == SOON
     assert seen.run.status.attempts[-1].end_time is None
+    seen, _ = after(seen)
     seen, _ = after(seen, patience - 1)
     assert seen.run.status.attempts[-1].end_time is None
     given_up, _ = after(seen, patience)
     assert given_up.run.status.attempts[-1].end_time is not None
     heard, _ = after(replace(seen, progress=told(TrainerPhase.SUCCEEDED, output=OUTPUT)), patience)
     assert heard.run.status.phase is Phase.SUCCEEDED
+
+
+def test_time_in_which_nobody_looked_is_not_training() -> None:
+    """The driver was stopped after a minute, and the operator comes back after an hour."""
+    progress = told(TrainerPhase.INTERRUPTED, step=5, committed=5)
+    seen = replace(submitted({"deadlines": {"runSeconds": 1000}}), job=job("FAILED", exit_code=6), progress=progress)
+    seen = replace(seen, job=job("FAILED", exit_code=6, ended=NOW + timedelta(seconds=60)))
+    seen, _ = after(seen, 3600)
+    attempt = ended_by(seen)
+    assert attempt.failure_class is FailureClass.PREEMPTED
+    assert attempt.end_time == NOW + timedelta(seconds=60)
+    assert seen.run.status.usage is not None
+    assert seen.run.status.usage.trained_seconds == 60
+
+
+def test_a_time_limit_that_is_long_over_leaves_the_driver_its_time_to_commit() -> None:
+    """The limit was set, or the operator came back, when it was over by hours."""
+    seen, decision = after(replace(submitted({"deadlines": {"runSeconds": 60}}), job=job("RUNNING")), 7200)
+    assert [type(action).__name__ for action in decision.actions] == ["StopJob"]
+    assert seen.run.status.phase is Phase.SUSPENDING
+    assert seen.run.status.completion_time is None
+    spec = seen.run.spec
+    assert spec is not None
+    patience = spec.checkpoint.drain_seconds + 30
+    seen, _ = after(seen, 7200 + patience - 1)
+    assert seen.run.status.completion_time is None
+    committed = told(TrainerPhase.INTERRUPTED, step=9, committed=9)
+    heard, _ = after(replace(seen, job=job("STOPPED"), progress=committed), 7200 + patience - 1)
+    assert heard.run.status.phase is Phase.FAILED
+    assert ended_by(heard).failure_class is FailureClass.RUN_TIMEOUT
+    assert ended_by(heard).to_step == 9
+    seen, _ = after(seen, 7200 + patience)
+    assert ended_by(seen).failure_class is FailureClass.RUN_TIMEOUT
 
 
 def test_a_suspension_by_the_user_costs_no_retry() -> None:

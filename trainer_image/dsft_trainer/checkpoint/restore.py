@@ -103,6 +103,19 @@ class Restorer:
         """Whether the base must be converted before it is loaded: weights alone come out of a universal one only."""
         return self.resized or self._weights_only
 
+    def check_end(self, total_steps: int) -> None:
+        """Refuse to go on with another run's training where nothing is left of it.
+
+        Raises:
+            TrainerError: ConfigInvalid, naming both steps.
+        """
+        if self.origin is not None and self.first_step >= total_steps:
+            raise TrainerError(
+                FailureClass.CONFIG_INVALID,
+                f"spec.startFrom: {self.origin.uri} is at step {self.first_step}, and training ends at step {total_steps}",
+                "raise spec.training.maxSteps (or epochs): they count from the other run's beginning; or write mode: weights",
+            )
+
     def convert(self, claim: ClaimId) -> None:
         """Convert a base that must be, unless a start before this one has, and fetch the result.
 

@@ -48,6 +48,11 @@ def never_placed(error: BaseException | None) -> bool:
     return any(isinstance(part, WorkerGroupStartupTimeoutError) for part in _chain(error))
 
 
+def controller_died(error: BaseException | None) -> bool:
+    """Whether it was Ray Train's own actor that was lost, and not a rank."""
+    return isinstance(error, ray.exceptions.RayActorError)
+
+
 def out_of_memory(here_before: int) -> TrainerError | None:
     """HostOOM if memory ran out on a node since this attempt began; None if not, or nobody knows.
 

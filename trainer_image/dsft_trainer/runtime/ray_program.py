@@ -38,11 +38,19 @@ def program_main(config: dict[str, Any]) -> None:
     assert job.spec.program is not None, "only such jobs come here"  # noqa: S101
     runtime = RayRuntime.of(config)
     with log_shipped(job, runtime) if config["on_cluster"] else nullcontext():
+        if runtime.place.is_first:
+            runtime.publish(begun(runtime.opening).model_dump_json(by_alias=True, exclude_none=True))
         try:
             run_program(job.spec.program)
         except Exception as error:
             runtime.fail(failure_of(error).report(runtime.place.rank))
             raise
+
+
+def begun(opening: Progress) -> Progress:
+    """What is told until the program reports, which may be hours."""
+    changes = {"seq": opening.seq + 1, "phase": TrainerPhase.TRAINING, "message": "the program runs"}
+    return opening.model_copy(update=changes | {"updated_at": datetime.now(UTC)})
 
 
 class ProgramProgress(UserCallback):

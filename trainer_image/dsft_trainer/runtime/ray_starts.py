@@ -52,7 +52,9 @@ def _following(job: Job, start: Start, failure: TrainerError, channel: Channel) 
     # Imported here, as it takes torch with it: the driver imports that beside `ray.init`.
     from dsft_trainer.runtime import ray_failures
 
-    if failure.failure_class not in HEALED or ray_failures.never_placed(failure.__cause__):
+    # A controller that died may have left its placement group, which goes with the driver.
+    is_beyond = ray_failures.never_placed(failure.__cause__) or ray_failures.controller_died(failure.__cause__)
+    if failure.failure_class not in HEALED or is_beyond:
         return None
     try:
         newest = _newest(job)
@@ -98,12 +100,12 @@ class Silence:
         message = waiting(self._start, self._lacking())
         news = None
         if message != self._told:
-            self._told = message
             changes = {"message": message[:1024], "updated_at": datetime.now(UTC)}
             news = self._start.opening.model_copy(update=changes).model_dump_json(by_alias=True)
         try:
             if not ray.get(self._relay.announce.remote(self._start.number, news), timeout=10):
                 self._next_look = None
+            self._told = message
         except ray.exceptions.RayError as error:
             log.warning("the relay does not answer: %s", error)
 

@@ -13,7 +13,7 @@ from ray.train.v2.api.callback import RayTrainCallback
 class LeanTorchTrainer(TorchTrainer):
     """A TorchTrainer that starts no data manager without datasets, and no cleaner of placement groups.
 
-    The cleaner frees those of a controller that died; here they go with the driver's job, which is an attempt.
+    The cleaner frees those of a controller that died; here such a loss ends the attempt, and they go with the driver's job.
     """
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
