@@ -11,6 +11,9 @@ from tests.unit.operator.simulated import AT_EACH_CALL, SILENCE, Point, Simulati
 from tests.unit.operator.stories import Story
 from tests.unit.operator.world import World, outcome, without_times
 
+POINTS = "crash points"
+"""The property of a test's report that has the count."""
+
 
 def recorded(story: Story) -> Simulation:
     """The undisturbed run, which is what it is told to be."""

@@ -5,8 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from dsft_operator.core import attempt_rules
-from tests.unit.operator.conftest import POINTS
-from tests.unit.operator.crash_points import disturb
+from tests.unit.operator.crash_points import POINTS, disturb
 from tests.unit.operator.stories import FAILURES, UNREACHABLE_SECONDS
 
 

@@ -4,8 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.unit.operator.conftest import POINTS
-from tests.unit.operator.crash_points import disturb
+from tests.unit.operator.crash_points import POINTS, disturb
 from tests.unit.operator.stories import USERS
 
 
