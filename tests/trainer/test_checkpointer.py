@@ -2,11 +2,10 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 from dsft_api.conditions import FailureClass
 from dsft_trainer.checkpoint import universal
@@ -18,14 +17,9 @@ from dsft_trainer.checkpoint.store import Store, open_store
 from dsft_trainer.errors import TrainerError
 from dsft_trainer.runtime import Place
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 KEEP_TEN = Retention(keep_last=10, keep_best=0, metric="loss", larger_is_better=False)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture(params=["file", "s3"])

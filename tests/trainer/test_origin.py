@@ -1,12 +1,10 @@
 """Starting from a checkpoint of another run: which one is meant, and that it is still the one that was chosen."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from dsft_api.conditions import FailureClass
 from dsft_api.spec.identity import EvaluationSpec, StartFrom
@@ -16,14 +14,9 @@ from dsft_trainer.engine import Engine
 from dsft_trainer.errors import TrainerError
 from tests.trainer.test_checkpointer import Converter, Start, contents, of_two_ranks
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 EVALUATION = EvaluationSpec()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture(params=["file", "s3"])

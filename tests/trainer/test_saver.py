@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 
 from dsft_api.conditions import FailureClass
 from dsft_trainer.checkpoint import backoff
@@ -23,16 +22,11 @@ from tests.s3_faults import FaultyS3, faulty
 from tests.s3_server import S3Server
 from tests.trainer.test_checkpointer import State
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 PLACE = Place(rank=0, world_size=1, local_rank=0)
 EVERY_THREE_STEPS = Cadence(every_steps=3)
 PATIENCE_SECONDS = 60.0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture

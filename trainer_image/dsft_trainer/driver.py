@@ -29,7 +29,7 @@ from dsft_api.job import CONTRACT, JOB_ENV, Job
 from dsft_api.progress import TrainerPhase
 from dsft_api.status import Inputs
 from dsft_trainer.checkpoint.listing import make_claim
-from dsft_trainer.checkpoint.store import Store, open_store
+from dsft_trainer.checkpoint.store import store_of
 from dsft_trainer.drain import RAY_ADDRESS_ENV, drain
 from dsft_trainer.errors import TrainerError, failure_of
 from dsft_trainer.logs import LogShipper, output_files
@@ -74,7 +74,7 @@ def run(runtime: str) -> int:
 def _ship_log(job: Job, printed: Sequence[Path], afterwards: ExitStack) -> None:
     """Bring this process's log to storage from now on, where it would go with a pod. `dsft run` keeps it itself."""
     if os.environ.get(RAY_ADDRESS_ENV):
-        afterwards.enter_context(LogShipper.of(job, _store(job), "driver", printed))
+        afterwards.enter_context(LogShipper.of(job, store_of(job), "driver", printed))
 
 
 def _run(runtime: str, begin: Callable[[Job], None]) -> int:
@@ -141,7 +141,7 @@ def _run_recorded(job: Job, channel: Channel, runtime: str) -> int:
         return failure.exit_code
     if job.spec.program is not None:
         told = _record(job, channel, phase=TrainerPhase.SUCCEEDED, message="done")
-        _store(job).put_bytes(layout.RESULT_FILE, told.encode())
+        store_of(job).put_bytes(layout.RESULT_FILE, told.encode())
     return ExitCode.INTERRUPTED if outcome is Outcome.INTERRUPTED else ExitCode.OK
 
 
@@ -204,7 +204,7 @@ def _attempt(job: Job, channel: Channel, runtime: str) -> Outcome:
     job = first_come(job)
     if job.spec.program is not None:
         # The built-in ranks claim for themselves, once they know what they start from.
-        make_claim(_store(job), job.attempt, None, job.ranks.count)
+        make_claim(store_of(job), job.attempt, None, job.ranks.count)
     # Imported by name: the torchrun runtime must work where Ray is not installed.
     launcher = importlib.import_module(f"dsft_trainer.runtime.{runtime}")
     return launcher.launch(job, channel)
@@ -212,7 +212,7 @@ def _attempt(job: Job, channel: Channel, runtime: str) -> Outcome:
 
 def first_come(job: Job) -> Job:
     """Write run.json, or take over what the first attempt wrote: inputs, and threads, on whose number sums depend."""
-    store = _store(job)
+    store = store_of(job)
     first = json.loads(store.get_bytes(layout.RUN_FILE) or b"{}")
     written, told = Inputs.model_validate(first.get("resolved", {})), job.resolved or Inputs()
     if job.spec.program is None:
@@ -231,11 +231,6 @@ def first_come(job: Job) -> Job:
         store.put_bytes(layout.RUN_FILE, json.dumps(facts, indent=1).encode(), if_absent=True)
         first = json.loads(store.get_bytes(layout.RUN_FILE) or b"{}")
     return job.model_copy(update={"ranks": job.ranks.model_copy(update={"threads": first["threads"]})})
-
-
-def _store(job: Job) -> Store:
-    storage = job.spec.storage
-    return open_store(job.storage_prefix, endpoint_url=storage.endpoint_url, region=storage.region)
 
 
 def _stop_on_signals(channel: Channel, drain_seconds: int) -> None:
@@ -270,7 +265,7 @@ def _record(job: Job, channel: Channel, **changes: Any) -> str:
     if progress.failure is not None and progress.failure.failure_class is FailureClass.STORAGE_DENIED:
         return text
     try:
-        _store(job).put_bytes(layout.PROGRESS_FILE, text.encode())
+        store_of(job).put_bytes(layout.PROGRESS_FILE, text.encode())
     except Exception as error:  # noqa: BLE001  what became of the run is what matters
         log.warning("progress.json could not be written: %s", error)
     return text

@@ -6,7 +6,7 @@ from pathlib import Path
 from dsft_api.batch import BatchError, plan_batch
 from dsft_api.conditions import FailureClass
 from dsft_api.job import Job
-from dsft_trainer.checkpoint.store import check_writable, open_store
+from dsft_trainer.checkpoint.store import check_writable, store_of
 from dsft_trainer.data.formats import eval_source
 from dsft_trainer.data.prepare import load
 from dsft_trainer.data.sampler import GlobalBatches
@@ -23,10 +23,9 @@ def preflight(job: Job, cache: Path) -> None:
     Raises:
         TrainerError: ConfigInvalid, StorageDenied, ModelDenied or DataInvalid, naming field, value and remedy.
     """
-    storage = job.spec.storage
     if job.spec.program is None:
         _check_numbers(job)
-    check_writable(open_store(job.storage_prefix, endpoint_url=storage.endpoint_url, region=storage.region))
+    check_writable(store_of(job))
     if job.spec.program is not None:
         check_module(job.spec.program)
         return

@@ -30,7 +30,7 @@ from dsft_trainer.checkpoint.listing import Retention, read_claims, references
 from dsft_trainer.checkpoint.origin import Origin, Pin, open_origin
 from dsft_trainer.checkpoint.restore import Restorer
 from dsft_trainer.checkpoint.saver import Cadence, Saver, seconds_between_failures
-from dsft_trainer.checkpoint.store import Store, open_store
+from dsft_trainer.checkpoint.store import Store, open_store, store_of
 from dsft_trainer.data.collate import Collator
 from dsft_trainer.data.prepare import Prepared, open_prepared, tokenize_here, write_tokens
 from dsft_trainer.data.sampler import GlobalBatches
@@ -107,9 +107,7 @@ class _Attempt:
         self.device = device
         self.scratch = scratch
         self.beat = beat
-        self.store: Store = open_store(
-            job.storage_prefix, endpoint_url=self.spec.storage.endpoint_url, region=self.spec.storage.region
-        )
+        self.store: Store = store_of(job)
         self.reporter: Reporter | SilentReporter = (
             Reporter(runtime.opening, runtime.publish, self.store) if self.place.is_first else SilentReporter()
         )

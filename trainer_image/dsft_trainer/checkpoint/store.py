@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
 from dsft_api.conditions import FailureClass
+from dsft_api.job import Job
 from dsft_trainer.errors import TrainerError
 
 COMMIT = "COMMIT.json"
@@ -91,6 +92,12 @@ class Store(Protocol):
     def impatient(self) -> Self:
         """The same store, giving up in seconds."""
         ...
+
+
+def store_of(job: Job) -> Store:
+    """The run's own folder, as `open_store` gives it."""
+    storage = job.spec.storage
+    return open_store(job.storage_prefix, endpoint_url=storage.endpoint_url, region=storage.region)
 
 
 def open_store(

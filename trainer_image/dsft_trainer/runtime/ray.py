@@ -26,6 +26,7 @@ from tenacity import Retrying, retry_if_exception_message, stop_after_attempt
 
 from dsft_api.job import Job
 from dsft_api.progress import Progress, TrainerFailure
+from dsft_trainer.checkpoint.store import store_of
 from dsft_trainer.drain import RAY_ADDRESS_ENV
 from dsft_trainer.errors import TrainerError
 from dsft_trainer.logs import LogShipper, output_files
@@ -34,7 +35,7 @@ from dsft_trainer.runtime import Outcome, Place
 from dsft_trainer.runtime.channel import ECHOES, Channel
 from dsft_trainer.runtime.oom import oom_kills
 from dsft_trainer.runtime.ray_relay import NAMESPACE, RELAY_PREFIX, Relay
-from dsft_trainer.runtime.ray_starts import Silence, run_starts, store_of
+from dsft_trainer.runtime.ray_starts import Silence, run_starts
 from dsft_trainer.runtime.starts import Start
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import ray
 
 from dsft_api.job import Job
 from dsft_trainer.checkpoint.listing import read_commits
-from dsft_trainer.checkpoint.store import Store, open_store
+from dsft_trainer.checkpoint.store import store_of
 from dsft_trainer.errors import TrainerError
 from dsft_trainer.progress import starting
 from dsft_trainer.runtime.channel import Channel
@@ -74,12 +74,6 @@ def _newest(job: Job) -> str | None:
 
     book = store_of(job).get_bytes(BOOK)
     return hashlib.sha256(book).hexdigest() if book is not None else None
-
-
-def store_of(job: Job) -> Store:
-    """The run's folder."""
-    storage = job.spec.storage
-    return open_store(job.storage_prefix, endpoint_url=storage.endpoint_url, region=storage.region)
 
 
 class Silence:
