@@ -18,7 +18,7 @@ from dsft_api.status import FineTuneStatus
 from dsft_cli import cluster_commands
 from dsft_cli.devices import Machine, ranks_here, this_machine
 from dsft_cli.follow import follow, read_status, settle_status
-from dsft_cli.local_run import LocalRun, find_run, is_running, job_for, runs_folder, trainer_environment
+from dsft_cli.local_run import LocalRun, find_run, has_ended, is_running, job_for, runs_folder, trainer_environment
 from dsft_cli.output import Format, document, err, out, refuse
 from dsft_cli.view import View, checkpoint_line, size
 
@@ -68,6 +68,7 @@ def run(
         _refuse_too_many(ranks, machine, workers, filename)
         local = _find(resource, fresh=fresh)
         _refuse_running(local, filename)
+        settle_status(local)
         job = job_for(local, ranks, filename)
     except ManifestError as error:
         raise typer.Exit(refuse(error, output)) from error
@@ -111,6 +112,7 @@ def status(filename: FileOption, output: OutputOption = Format.TEXT) -> None:
         local = _find(_read(filename))
     except ManifestError as error:
         raise typer.Exit(refuse(error, output)) from error
+    settle_status(local)
     if read_status(local) is None:
         err.print(f"no run of {escape(filename)} in {local.state}; start it with: dsft run -f {escape(filename)}")
         raise typer.Exit(ExitCode.OTHER)
@@ -194,7 +196,7 @@ def _refuse_too_many(ranks: Ranks, machine: Machine, workers: int | None, filena
 
 def _refuse_running(local: LocalRun, filename: str) -> None:
     # The driver refuses too, but by then this call would have written over the live run's progress and status.
-    if is_running(local):
+    if not has_ended(local):
         remedy = f"wait for it, or stop it; `dsft status -f {filename}` shows it"
         raise ManifestError(filename, (Problem("metadata.name", "this run is running already", remedy),))
 
@@ -203,12 +205,10 @@ def _find(resource: DeepSpeedFineTune, *, fresh: bool = False) -> LocalRun:
     from dsft_trainer.errors import TrainerError
 
     try:
-        local = find_run(resource, runs_folder(), fresh=fresh)
+        return find_run(resource, runs_folder(), fresh=fresh)
     except TrainerError as error:
         err.print(escape(str(error)), style="red", highlight=False)
         raise typer.Exit(error.exit_code) from error
-    settle_status(local)
-    return local
 
 
 def _print_status(local: LocalRun, output: Format) -> None:

@@ -5,6 +5,7 @@ has happened is read from storage, never from memory: the newest run folder, its
 """
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from dsft_api.problem import ManifestError, Problem
 from dsft_api.resource import DeepSpeedFineTune, local_uid, run_folder, spec_hash
 
 STATUS_FILE = "status.yaml"
+# A trainer that was killed holds its lock until the kernel has freed its memory, which its last thread to die does.
+KILLED_LINGERS_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,16 @@ def is_running(run: LocalRun) -> bool:
         except BlockingIOError:
             return True
     return False
+
+
+def has_ended(run: LocalRun) -> bool:
+    """Whether no trainer of this run is alive here; one that was killed a moment ago is given time to be gone."""
+    deadline = time.monotonic() + KILLED_LINGERS_SECONDS
+    while is_running(run):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def runs_folder() -> Path:

@@ -189,8 +189,8 @@ def _groups_of_session(leader: int) -> set[int]:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """False for a process that only waits for somebody to read its exit code."""
+    """False for a process that only waits for somebody to read its exit code: none of its threads holds a file any more."""
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return process.is_running() and (process.status() != psutil.STATUS_ZOMBIE or process.num_threads() > 1)
     except psutil.NoSuchProcess:
         return False
