@@ -13,6 +13,8 @@ from dsft_api.status import Inputs
 
 CONTRACT = 1
 JOB_ENV = "DSFT_JOB"
+SAVE_ENV = "DSFT_SAVE"
+"""What `python -m dsft_trainer save` passes on: the value of annotation dsft.dev/checkpoint-request."""
 
 
 class RunRef(ApiModel):

@@ -76,6 +76,9 @@ class Progress(ApiModel):
     evaluation: EvaluationStatus | None = Field(default=None, description="The last evaluation.")
     checkpoints: Checkpoints | None = Field(default=None, description="Committed checkpoints.")
     output: Output | None = Field(default=None, description="The exported model.")
+    checkpoint_request: str | None = Field(
+        default=None, max_length=256, description="The last request for a checkpoint that was committed."
+    )
     restarts: int = Field(default=0, description="How often the ranks were lost and started again in this attempt.")
     losses: Annotated[tuple[Loss, ...], Field(max_length=5)] = Field(
         default=(), description="The last of these losses, oldest first."

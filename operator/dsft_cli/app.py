@@ -33,6 +33,7 @@ for command in (
     cluster_commands.get,
     cluster_commands.watch,
     cluster_commands.logs,
+    cluster_commands.save,
     cluster_commands.suspend,
     cluster_commands.resume,
 ):

@@ -12,9 +12,9 @@ from kubernetes import client, config, watch
 from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
+from dsft_api import CHECKPOINT_REQUEST, GROUP, PLURAL, VERSION
 from dsft_api.status import FineTuneStatus
 
-GROUP, VERSION, PLURAL = "dsft.dev", "v1alpha1", "deepspeedfinetunes"
 FIELD_MANAGER = "dsft-cli"
 TIMEOUT_SECONDS = 20
 WATCH_SECONDS = 240
@@ -85,7 +85,13 @@ class ClusterClient:
 
     def suspend(self, name: str, *, suspend: bool) -> Json:
         """Write `spec.suspend`; the resource as it is then. Raises ClusterError."""
-        body = {"spec": {"suspend": suspend}}
+        return self._patched(name, {"spec": {"suspend": suspend}})
+
+    def ask_for_checkpoint(self, name: str, value: str) -> Json:
+        """Write the annotation that asks for one; the resource as it is then. Raises ClusterError."""
+        return self._patched(name, {"metadata": {"annotations": {CHECKPOINT_REQUEST: value}}})
+
+    def _patched(self, name: str, body: Json) -> Json:
         return self._asked(
             lambda: self._objects.patch_namespaced_custom_object(
                 GROUP,

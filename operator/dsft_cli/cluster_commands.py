@@ -1,4 +1,4 @@
-"""`dsft get`, `watch`, `logs`, `suspend`, `resume`: runs on a cluster. The Kubernetes client is loaded when one is called."""
+"""`dsft get`, `watch`, `logs`, `save`, `suspend`, `resume`: runs on a cluster. The Kubernetes client is loaded when needed."""
 
 import sys
 from collections.abc import Callable
@@ -57,6 +57,32 @@ def watch(name: NameArgument, namespace: NamespaceOption = None, output: OutputO
     if output is not Format.TEXT:
         document(status.to_wire(), output)
     raise typer.Exit(_exit_code(status))
+
+
+def save(
+    name: NameArgument,
+    namespace: NamespaceOption = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it is committed.")] = True,
+    output: OutputOption = Format.TEXT,
+) -> None:
+    """Have a run commit a checkpoint at its next step, and go on. Exit code 1 if the run ended or stopped without it."""
+    client, request = _connect(namespace), f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
+    status = _status(_asked(client.ask_for_checkpoint, name, request))
+    if wait:
+        idle = (Phase.SUSPENDED, Phase.SUCCEEDED, Phase.FAILED)
+        status = _follow(
+            client,
+            name,
+            lambda status: request == status.checkpoint_request or status.phase in idle or _is_over(status),
+        )
+    latest = status.checkpoints.latest if status.checkpoints else None
+    if output is not Format.TEXT:
+        document(status.to_wire(), output)
+    elif wait and latest is not None:
+        out.print(f"step {latest.step}: {latest.uri}", highlight=False)
+    if wait and status.checkpoint_request != request:
+        err.print(f"{name} is {status.phase}: nothing was committed for this request", style="red", highlight=False)
+        raise typer.Exit(ExitCode.OTHER)
 
 
 def suspend(

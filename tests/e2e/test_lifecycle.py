@@ -1,10 +1,12 @@
-"""One run on (fake) GPUs through suspend, resume and delete, each while it trains."""
+"""One run on (fake) GPUs through a checkpoint on request, suspend, resume and delete, each while it trains."""
 
 import time
 from typing import Any
 
-from dsft_api.conditions import ConditionType, Phase
+from dsft_api import CHECKPOINT_REQUEST
+from dsft_api.conditions import ConditionType, ExitCode, Phase
 from dsft_api.status import CheckpointRef, FineTuneStatus
+from tests.e2e.followed import dsft
 from tests.e2e.manifests import ENDLESS, Assets, pool, tiny_run
 from tests.e2e.tenant import Tenant, condition_of
 
@@ -21,17 +23,25 @@ def on_gpus(assets: Assets) -> dict[str, Any]:
     return tiny_run(NAME, assets, steps=ENDLESS, edits={"spec.nodePools": pools, "spec.checkpoint": policy})
 
 
-def test_suspended_resumed_and_deleted_while_it_trains(tenant: Tenant, assets: Assets) -> None:
+def test_saved_suspended_resumed_and_deleted_while_it_trains(tenant: Tenant, assets: Assets) -> None:
     tenant.apply(on_gpus(assets))
     before = tenant.until_step(NAME, 20)
+    assert before.progress is not None
     assert _gpus(tenant) == 2
+
+    saved = dsft(tenant, "save", NAME)
+    assert saved.returncode == ExitCode.OK, saved.stderr
+    asked = tenant.status(NAME)
+    assert f"step {_latest(asked).step}: s3://" in saved.stdout
+    assert _latest(asked).step >= before.progress.step
+    assert asked.checkpoint_request == tenant.resource(NAME)["metadata"]["annotations"][CHECKPOINT_REQUEST]
+    tenant.until_step(NAME, _latest(asked).step + 1)
 
     tenant.patch(NAME, suspend=True)
     suspended = tenant.until_phase(NAME, Phase.SUSPENDED)
     tenant.until_nothing_left()
     latest = _latest(suspended)
-    assert before.progress is not None
-    assert latest.step >= before.progress.step, "nothing was lost: the step in which it was told to stop is committed"
+    assert latest.step > _latest(asked).step, "nothing was lost: the step in which it was told to stop is committed"
     (attempt,) = suspended.attempts
     assert attempt.to_step == latest.step
     assert suspended.usage is not None

@@ -1,6 +1,7 @@
-"""Ask the run on this Ray cluster to commit and stop, and wait until it has: the preStop hook of every Ray pod.
+"""Ask the run on this Ray cluster, through its Relay actor, for a commit.
 
-Reached through the run's Relay actor. Where there is none, or nothing answers, there is nothing to wait for.
+`drain`: commit and stop; waits until it has. The preStop hook of every Ray pod. Where there is no run, or nothing answers, there
+is nothing to wait for. `save`: commit and go on; what a submission of the operator's does when somebody asked for a checkpoint.
 """
 
 import os
@@ -8,6 +9,9 @@ import socket
 import sys
 import threading
 import time
+from typing import Any
+
+from dsft_api.job import SAVE_ENV
 
 DRAIN_SECONDS_ENV = "DSFT_DRAIN_SECONDS"
 RAY_ADDRESS_ENV = "RAY_ADDRESS"
@@ -24,14 +28,9 @@ def drain() -> int:
         threading.Thread(target=_end_without_head, args=(address,), daemon=True).start()
     import ray
 
-    from dsft_trainer.runtime.ray_relay import NAMESPACE, RELAY_PREFIX
-
     deadline = time.monotonic() + float(os.environ.get(DRAIN_SECONDS_ENV, "300"))
     try:
-        ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
-        names = [name for name in ray.util.list_named_actors() if name.startswith(RELAY_PREFIX)]
-        relays = [ray.get_actor(name) for name in names]
-        relays = [relay for relay in relays if ray.get(relay.drains.remote(), timeout=ANSWER_SECONDS)]
+        relays = _relays()
         ray.get([relay.request_drain.remote() for relay in relays], timeout=ANSWER_SECONDS)
         while relays and time.monotonic() < deadline:
             relays = [relay for relay in relays if ray.get(relay.outcome.remote(), timeout=ANSWER_SECONDS) is None]
@@ -40,6 +39,36 @@ def drain() -> int:
         # Also the way in which a run's end looks from here: its Relay ends with it.
         sys.stderr.write(f"nothing to drain: {error}\n")
     return 0
+
+
+def save() -> int:
+    """Pass the request in DSFT_SAVE on; exit code 1 where no run takes it. It is answered in the progress document."""
+    import ray
+
+    value = os.environ.get(SAVE_ENV)
+    if not value:
+        sys.stderr.write(f"{SAVE_ENV} is not set: it is what the run answers with\n")
+        return 2
+    try:
+        relays = _relays()
+        ray.get([relay.request_save.remote(value) for relay in relays], timeout=ANSWER_SECONDS)
+    except (ConnectionError, ValueError, ray.exceptions.RayError) as error:
+        sys.stderr.write(f"the run could not be asked: {error}\n")
+        return 1
+    sys.stderr.write("" if relays else "no run here takes a request\n")
+    return 0 if relays else 1
+
+
+def _relays() -> list[Any]:
+    """Those of runs whose ranks look whether something is asked of them."""
+    import ray
+
+    from dsft_trainer.runtime.ray_relay import NAMESPACE, RELAY_PREFIX
+
+    ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+    names = [name for name in ray.util.list_named_actors() if name.startswith(RELAY_PREFIX)]
+    relays = [ray.get_actor(name) for name in names]
+    return [relay for relay in relays if ray.get(relay.drains.remote(), timeout=ANSWER_SECONDS)]
 
 
 def _end_without_head(address: str) -> None:

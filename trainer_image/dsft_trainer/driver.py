@@ -30,7 +30,7 @@ from dsft_api.progress import TrainerPhase
 from dsft_api.status import Inputs
 from dsft_trainer.checkpoint.listing import make_claim
 from dsft_trainer.checkpoint.store import store_of
-from dsft_trainer.drain import RAY_ADDRESS_ENV, drain
+from dsft_trainer.drain import RAY_ADDRESS_ENV, drain, save
 from dsft_trainer.errors import TrainerError, failure_of
 from dsft_trainer.logs import LogShipper, output_files
 from dsft_trainer.pins import pinned
@@ -272,7 +272,7 @@ def _record(job: Job, channel: Channel, **changes: Any) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m dsft_trainer run [--runtime ray|torchrun]`, or `drain`."""
+    """`python -m dsft_trainer run [--runtime ray|torchrun]`, `drain`, or `save`."""
     match arguments:
         case ["run"]:
             return run("ray")
@@ -280,6 +280,8 @@ def main(arguments: list[str]) -> int:
             return run(runtime)
         case ["drain"]:
             return drain()
+        case ["save"]:
+            return save()
         case _:
-            sys.stderr.write("usage: python -m dsft_trainer run [--runtime ray|torchrun] | drain\n")
+            sys.stderr.write("usage: python -m dsft_trainer run [--runtime ray|torchrun] | drain | save\n")
             return ExitCode.BAD_INPUT

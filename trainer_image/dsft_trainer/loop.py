@@ -15,6 +15,7 @@ from dsft_api.progress import TrainerPhase
 from dsft_api.status import EvaluationStatus
 from dsft_trainer import collectives
 from dsft_trainer.checkpoint.checkpointer import Point
+from dsft_trainer.checkpoint.requests import SaveRequests
 from dsft_trainer.checkpoint.saver import Saver
 from dsft_trainer.data.collate import Collator
 from dsft_trainer.data.indexed import IndexedDataset
@@ -61,6 +62,7 @@ class Trainer:
     task: str
     micro_batch_size: int
     drain_requested: Callable[[], bool]
+    requests: SaveRequests
     beat: Callable[[], None]
     storage_prefix: str
     pace: Pace = field(default_factory=Pace)
@@ -78,7 +80,7 @@ class Trainer:
         self.engine.train()
         self.pace.pause()
         for step in range(first_step + 1, self.schedule.total_steps + 1):
-            stop = self._train_step(step)
+            stop, asked = self._train_step(step)
             if self.saver.settleable:
                 self.saver.settle()
                 self._report_checkpoints()
@@ -87,12 +89,12 @@ class Trainer:
             if stop or done:
                 self._save_now(step, metrics)
                 return Outcome.SUCCEEDED if done else Outcome.INTERRUPTED
-            if self.saver.due(step) or self._is_best(metrics):
+            if self.saver.due(step) or asked or self._is_best(metrics):
                 self._save(step, metrics)
         return Outcome.SUCCEEDED
 
-    def _train_step(self, step: int) -> bool:
-        """One optimizer step; whether any rank was asked to stop."""
+    def _train_step(self, step: int) -> tuple[bool, bool]:
+        """One optimizer step; whether any rank was asked to stop, and whether a checkpoint was asked for."""
         indices = self.batches.batch(step - 1)
         weight = int(self.dataset.weights[indices].sum())
         micro_steps = split(indices, self.place.rank, self.place.world_size, self.micro_batch_size)
@@ -109,8 +111,9 @@ class Trainer:
             if i + 1 < len(micro_steps):
                 self.engine.micro_step()
             self.beat()
-        total, tokens, stops, *votes = collectives.all_sum(
-            [float(summed), tokens, float(self.drain_requested()), *self.saver.votes()], self.engine.device
+        wishes = (float(self.drain_requested()), self.requests.vote() if self.place.is_first else 0.0)
+        total, tokens, stops, asks, *votes = collectives.all_sum(
+            [float(summed), tokens, *wishes, *self.saver.votes()], self.engine.device
         )
         self.saver.heard(*votes)
         if not math.isfinite(total):
@@ -120,7 +123,7 @@ class Trainer:
         info = self.engine.step()
         self._count_skips(step, info)
         self._report(step, total / weight, int(tokens), info)
-        return stops > 0
+        return stops > 0, asks > 0
 
     def _count_skips(self, step: int, info: StepInfo) -> None:
         self.skipped += not info.applied
@@ -185,12 +188,14 @@ class Trainer:
         """Copy the state; the rest is done while the next steps are."""
         if self.saver.checkpointer.pending:
             self.reporter.update(phase=TrainerPhase.SAVING)
+        self.requests.saved(step)
         self.saver.save(self.engine, self._point(step, metrics))
         self._saved()
 
     def _save_now(self, step: int, metrics: dict[str, float]) -> None:
         """Commit before anything else happens."""
         self.reporter.update(phase=TrainerPhase.SAVING)
+        self.requests.saved(step)
         self.saver.save_now(self.engine, self._point(step, metrics))
         self._saved()
 
@@ -203,7 +208,13 @@ class Trainer:
         return Point(step, samples=step * self.batches.global_batch_size, epoch=self._epoch(step), metrics=metrics)
 
     def _report_checkpoints(self) -> None:
-        self.reporter.update(phase=TrainerPhase.TRAINING, checkpoints=self.saver.report(self.storage_prefix))
+        commits = self.saver.checkpointer.commits
+        self.requests.committed(commits[-1].step if commits else 0)
+        self.reporter.update(
+            phase=TrainerPhase.TRAINING,
+            checkpoints=self.saver.report(self.storage_prefix),
+            checkpoint_request=self.requests.answered,
+        )
 
     def _epoch(self, step: int) -> float:
         return step / self.schedule.steps_per_epoch

@@ -28,6 +28,7 @@ from dsft_trainer import collectives
 from dsft_trainer.checkpoint.checkpointer import Checkpointer, Identity
 from dsft_trainer.checkpoint.listing import Retention, read_claims, references
 from dsft_trainer.checkpoint.origin import Origin, Pin, open_origin
+from dsft_trainer.checkpoint.requests import SaveRequests
 from dsft_trainer.checkpoint.restore import Restorer
 from dsft_trainer.checkpoint.saver import Cadence, Saver, seconds_between_failures
 from dsft_trainer.checkpoint.store import Store, open_store, store_of
@@ -319,7 +320,8 @@ class _Attempt:
             metrics=metrics,
             task=self.work.model.task,
             micro_batch_size=self.spec.execution.micro_batch_size,
-            drain_requested=self.runtime.drain_requested,
+            drain_requested=lambda: self.runtime.wishes().drain,
+            requests=SaveRequests(lambda: self.runtime.wishes().save, self.runtime.opening.checkpoint_request),
             beat=self.beat,
             storage_prefix=self.job.storage_prefix,
         )

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 from pydantic import ValidationError
 from pydantic.alias_generators import to_camel
 
+from dsft_api import CHECKPOINT_REQUEST
 from dsft_api.checks import check
 from dsft_api.problem import Problem, field_name
 from dsft_api.resource import DeepSpeedFineTune, spec_hash
@@ -83,6 +84,7 @@ def run_of(raw: Json, config: OperatorConfig, judge: Judge | None = None) -> Run
         deleting=datetime.fromisoformat(deleted) if deleted else None,
         finalizers=tuple(meta.get("finalizers", ())),
         labels=meta.get("labels", {}),
+        checkpoint_request=meta.get("annotations", {}).get(CHECKPOINT_REQUEST),
     )
 
 

@@ -8,7 +8,7 @@ from dsft_api.layout import attempt_logs
 from dsft_api.progress import Progress, TrainerPhase
 from dsft_api.status import FineTuneStatus, JobStatus, Logs, Resolved
 from dsft_operator.config import OperatorConfig
-from dsft_operator.core import attempts
+from dsft_operator.core import attempts, saving
 from dsft_operator.core.cluster_rules import failed, is_whole
 from dsft_operator.core.decision import Action, Decision, DeleteCluster, StopJob
 from dsft_operator.core.failures import Cause, classify, is_echo, loss, report_of, with_evidence
@@ -90,8 +90,11 @@ def running(seen: Observed, now: datetime, config: OperatorConfig) -> Decision |
             return overdue
         facts[ConditionType.CLUSTER_READY] = lacking
         message = f"{message.partition(_LACKING)[0]}{_LACKING}{lacking.message}"
+    actions, words = saving.asked(seen, progress)
+    message = f"{message.partition(saving.MARK)[0]}{words}"
     wish = report(run, now, phase, _REASONS[phase], message, facts, **told)
-    return Decision(status=wish, requeue_after=SOON if job.state == "PENDING" else config.intervals.running_seconds)
+    is_soon = job.state == "PENDING" or bool(words)
+    return Decision(actions, wish, SOON if is_soon else config.intervals.running_seconds)
 
 
 def _overdue(seen: Observed, now: datetime, job: RayJob, lacking: Fact) -> Decision | None:

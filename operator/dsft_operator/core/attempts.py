@@ -60,6 +60,7 @@ def followed(status: FineTuneStatus, progress: Progress | None) -> dict[str, Any
         # A trainer that has not listed the commits yet does not unmake them.
         "checkpoints": told if told is not None and (told.latest is not None or told.failures) else None,
         "output": progress.output,
+        "checkpoint_request": progress.checkpoint_request,
         "resolved": pinned(status, progress),
     }
     return {name: value for name, value in changes.items() if value is not None} | {

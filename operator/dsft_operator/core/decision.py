@@ -62,6 +62,13 @@ class SubmitJob:
 
 
 @dataclass(frozen=True)
+class RequestSave:
+    """Have the trainer told that a checkpoint was asked for, by a short submission beside the driver's."""
+
+    submission: SubmitJob
+
+
+@dataclass(frozen=True)
 class StopJob:
     """Ask the driver to commit and stop."""
 
@@ -69,7 +76,15 @@ class StopJob:
 
 
 Action = (
-    AddFinalizer | RemoveFinalizer | CreateCluster | CreateChild | CreateToken | DeleteCluster | SubmitJob | StopJob
+    AddFinalizer
+    | RemoveFinalizer
+    | CreateCluster
+    | CreateChild
+    | CreateToken
+    | DeleteCluster
+    | SubmitJob
+    | RequestSave
+    | StopJob
 )
 
 

@@ -25,6 +25,11 @@ def submission_id(uid: str, attempt: int) -> str:
     return f"{uid[:8]}-a{attempt}"
 
 
+def save_id(uid: str, attempt: int, value: str) -> str:
+    """`<uid8>-a<n>-save-<digest of the request's value>`: one submission per attempt and request."""
+    return f"{submission_id(uid, attempt)}-save-{hashlib.sha256(value.encode()).hexdigest()[:8]}"
+
+
 def ray_token(root_key: bytes, cluster_uid: str) -> str:
     """The Ray token of a cluster: HMAC-SHA256(root key, RayCluster uid), hex. Derived, so it is never read back."""
     return hmac.new(root_key, cluster_uid.encode(), hashlib.sha256).hexdigest()

@@ -39,6 +39,7 @@ class Run:
     deleting: datetime | None = None
     finalizers: tuple[str, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict[str, str])
+    checkpoint_request: str | None = None  # of annotation dsft.dev/checkpoint-request
 
 
 @dataclass(frozen=True)
@@ -154,5 +155,8 @@ class Observed:
     head: Head | Unknown | None = None
     job: RayJob | Unknown | None = None
     progress: Progress | Unknown | None = None
+    save: RayJob | Unknown | None = (
+        None  # the submission that passes a checkpoint request on; asked for only where one is open
+    )
     queue: Queueing | Unknown | None = None
     evidence: tuple[Ended, ...] = ()  # containers that ended in this attempt, also of pods that are gone

@@ -14,10 +14,11 @@ from dsft_api.conditions import WAITS, ConditionType, Phase
 from dsft_api.status import FineTuneStatus
 from dsft_operator.config import OperatorConfig
 from dsft_operator.core import decision as do
-from dsft_operator.core.naming import cluster_name
+from dsft_operator.core.naming import cluster_name, save_id
 from dsft_operator.core.observed import Cluster, Ended, Head, Observed, RayJob, Run, Unknown
 from dsft_operator.core.plan import plan
 from dsft_operator.core.refusals import refusal
+from dsft_operator.core.saving import open_request
 from dsft_operator.core.summary import condition_of
 from dsft_operator.ports import Clock, Conflict, Key, Kube, KubeError, KubeRayMissing, RayError, RayJobs
 from dsft_operator.runtime.logs import also
@@ -186,6 +187,10 @@ class Reconciler:
         seen = replace(seen, job=submission)
         if isinstance(submission, RayJob):
             seen = replace(seen, progress=await self._ray.progress(address, token))
+        request, attempt = open_request(seen.run), seen.run.status.attempt
+        if request is not None and attempt is not None and isinstance(submission, RayJob) and not submission.is_over:
+            asked = save_id(seen.run.uid, attempt, request)
+            seen = replace(seen, save=await self._ray.job(address, token, asked))
         return seen
 
     async def _act(self, key: Key, seen: Observed, action: do.Action) -> str | None:
@@ -202,11 +207,11 @@ class Reconciler:
                 await self._kube.create_token(key, name, uid)
             case do.DeleteCluster(name, uid):
                 await self._kube.delete_cluster(key, name, uid)
-            case do.SubmitJob() | do.StopJob():
+            case do.SubmitJob() | do.RequestSave() | do.StopJob():
                 await self._ask_ray(seen, action)
         return None
 
-    async def _ask_ray(self, seen: Observed, action: do.SubmitJob | do.StopJob) -> None:
+    async def _ask_ray(self, seen: Observed, action: do.SubmitJob | do.RequestSave | do.StopJob) -> None:
         cluster = seen.cluster
         if not isinstance(cluster, Cluster) or cluster.head_address is None:
             return
@@ -216,10 +221,13 @@ class Reconciler:
             await self._ray.submit(cluster.head_address, token, action)
             return
         try:
-            await self._ray.stop(cluster.head_address, token, action.submission_id)
+            if isinstance(action, do.RequestSave):
+                await self._ray.submit(cluster.head_address, token, action.submission)
+            else:
+                await self._ray.stop(cluster.head_address, token, action.submission_id)
         except RayError as error:
-            # The rule that stops a job has its own patience, and asks again.
-            log.warning("the driver could not be asked to stop: %s", error)
+            # The rules that ask so have their own patience, and ask again.
+            log.warning("the driver could not be asked: %s", error, extra={"action": type(action).__name__})
 
     async def _tell(self, run: Run, status: FineTuneStatus) -> None:
         """An Event for each new phase, and for a new reason that calls for somebody. Not posted is no reason to stop."""

@@ -71,6 +71,14 @@ def new_token(world: World) -> Iterator[Until]:
     world.edit(retry={"token": "2"})
 
 
+def asks(world: World) -> Iterator[Until]:
+    """For a checkpoint, at a step that the driver stands at until it is answered."""
+    yield from at_step(1, lambda world: world.ask("before the maintenance"))(world)
+    world.hold = True
+    yield lambda: world.seen_status.checkpoint_request == world.asked
+    world.hold = False
+
+
 def suspends(world: World) -> Iterator[Until]:
     yield from at_step(1, lambda world: world.edit(suspend=True))(world)
     world.hold = True
@@ -193,6 +201,7 @@ FAILURES: dict[str, Story] = {
 }
 USERS: dict[str, Story] = {
     "a new retry.token": Story(user=new_token, facts={"fails_with": "DataInvalid"}, submissions=2, clusters=2),
+    "a checkpoint is asked for": Story(user=asks),
     "suspended": Story(Phase.SUSPENDED, user=suspends),
     "suspended and resumed": Story(user=resumes, submissions=2, clusters=2),
     "resumed with other pools": Story(user=resumes_with_other_pools, submissions=2, clusters=2),

@@ -161,6 +161,7 @@ def test_no_action_and_no_port_changes_what_is_not_ours() -> None:
         "CreateToken",
         "DeleteCluster",
         "SubmitJob",
+        "RequestSave",
         "StopJob",
     }
     verbs = {name for name, _ in inspect.getmembers(Kube, inspect.isfunction) if not name.startswith("_")}

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
+from dsft_api import CHECKPOINT_REQUEST
 from dsft_api.conditions import FailureClass
+from dsft_api.job import SAVE_ENV
 from dsft_api.progress import Progress, TrainerFailure, TrainerPhase
 from dsft_api.status import FineTuneStatus
 from dsft_operator.adapters.reading import Judge, run_of
@@ -50,6 +52,7 @@ class RayCluster:
     ended: dict[str, datetime] = field(default_factory=dict[str, datetime])
     token_of: str | None = None  # the cluster whose Secret its pods started with
     progress: Progress | None = None
+    saves: dict[str, str] = field(default_factory=dict[str, str])  # submission -> the request it passed on
 
     @property
     def owner(self) -> str:
@@ -99,6 +102,7 @@ class World:
     stuck: bool = False  # pods do not start
     fails_with: str | None = None  # each driver, after a step
     refused: dict[str, str] = field(default_factory=dict[str, str])  # kind or verb -> the words it is refused with
+    asked: str | None = None  # annotation dsft.dev/checkpoint-request
     said: dict[str, Queueing | tuple[Warned, ...]] = field(default_factory=dict[str, Any])  # uid -> what its owner says
     judge: Judge = field(default_factory=lambda: Judge(CONFIG))
     _read: Run | None = None
@@ -124,6 +128,7 @@ class World:
             cluster.token_of = cluster.token_of or self.children.get(("Secret", cluster.name))
             for submission, state in cluster.jobs.items():
                 self._drive(cluster, submission, state)
+                self._answer(cluster)
         self.check_laws()
 
     def _collect_garbage(self) -> None:
@@ -153,6 +158,12 @@ class World:
             if phase is TrainerPhase.SUCCEEDED:
                 cluster.progress = cluster.progress.model_copy(update={"output": OUTPUT})
                 self.end(cluster, submission, "SUCCEEDED")
+
+    def _answer(self, cluster: RayCluster) -> None:
+        """Each step is committed here, so whatever was asked for is there."""
+        if cluster.saves and cluster.progress is not None:
+            (*_, value) = cluster.saves.values()
+            cluster.progress = cluster.progress.model_copy(update={"checkpoint_request": value})
 
     def end(self, cluster: RayCluster, submission: str, state: str) -> None:
         cluster.jobs[submission] = state
@@ -234,6 +245,7 @@ class World:
     def _new_session(self, cluster: RayCluster) -> None:
         cluster.session += 1
         cluster.jobs.clear()
+        cluster.saves.clear()
         cluster.progress = None
 
     def lose_worker(self, failure_class: str = "WorkerLost") -> None:
@@ -263,6 +275,11 @@ class World:
         self.spec = {**self.spec, **spec}
         self.version += 1
         self.generation += 1
+
+    def ask(self, value: str) -> None:
+        """The user asks for a checkpoint."""
+        self.asked = value
+        self.version += 1
 
     def delete(self) -> None:
         """The user deletes the resource."""
@@ -297,7 +314,9 @@ class World:
 
     @property
     def raw(self) -> dict[str, Any]:
-        extra = {"deletionTimestamp": self.deleting.isoformat()} if self.deleting else {}
+        extra: dict[str, Any] = {"deletionTimestamp": self.deleting.isoformat()} if self.deleting else {}
+        if self.asked is not None:
+            extra["annotations"] = {CHECKPOINT_REQUEST: self.asked}
         metadata = {"finalizers": self.finalizers, "resourceVersion": str(self.version), "generation": self.generation}
         return {**resource(self.spec, **metadata, **extra), "status": self.status}
 
@@ -475,7 +494,7 @@ class FakeRay:
         found = self._at(address, token)
         if found is None:
             return Unknown("refused")
-        state: Any = found.jobs.get(submission_id)
+        state: Any = "SUCCEEDED" if submission_id in found.saves else found.jobs.get(submission_id)
         return RayJob(submission_id, state, ended=found.ended.get(submission_id)) if state else None
 
     async def submit(self, address: str, token: str, job: SubmitJob) -> None:
@@ -483,7 +502,9 @@ class FakeRay:
         if found is None or "submit" in self._world.refused:
             raise RayError(self._world.refused.get("submit", "refused"))
         self._world.called(after=False)
-        if job.submission_id not in found.jobs:
+        if SAVE_ENV in job.environment:
+            found.saves[job.submission_id] = job.environment[SAVE_ENV]
+        elif job.submission_id not in found.jobs:
             self._world.submissions.append(job.submission_id)
             found.jobs[job.submission_id] = "PENDING"
         self._world.called(after=True)

@@ -39,6 +39,14 @@ class Place:
         return self.local_rank == 0
 
 
+@dataclass(frozen=True)
+class Wishes:
+    """What the launcher was asked for: to commit and stop, and (a value to answer with) to commit and go on."""
+
+    drain: bool = False
+    save: str | None = None
+
+
 class Runtime(Protocol):
     """One rank's connection to its launcher. `torch.distributed` is initialised before a Runtime exists."""
 
@@ -50,8 +58,8 @@ class Runtime(Protocol):
         """Hand the latest progress document to the launcher; never blocks, the newest wins. Rank 0 only."""
         ...
 
-    def drain_requested(self) -> bool:
-        """Whether the launcher asked this rank to commit and stop. Cheap: asked at every step."""
+    def wishes(self) -> Wishes:
+        """What the launcher asks of this rank, as far as it has heard. Cheap: asked at every step."""
         ...
 
     def fail(self, failure: TrainerFailure) -> None:

@@ -1,4 +1,4 @@
-"""Files by which ranks and their launcher on one machine talk: progress out, drain in, failures out.
+"""Files by which ranks and their launcher on one machine talk: progress out; a drain or a save, in; failures out.
 
 Every write is atomic, so a reader never sees half a document. Under Ray the same files are written by one actor on the
 driver's node (see `runtime.ray`), since ranks may be on other machines.
@@ -38,6 +38,15 @@ class Channel:
         """Whether somebody asked for a drain."""
         return (self.folder / "drain").exists()
 
+    def request_save(self, value: str) -> None:
+        """Ask the ranks for a checkpoint at the next step boundary. `value` is what they answer with once it is committed."""
+        self._write("save", value)
+
+    def save_requested(self) -> str | None:
+        """The value of the last request for a checkpoint, if there was one."""
+        path = self.folder / "save"
+        return path.read_text() if path.exists() else None
+
     def fail(self, failure: TrainerFailure) -> None:
         """Record why a rank died."""
         self._write(f"failure-{failure.rank}.json", failure.model_dump_json(by_alias=True))
@@ -52,7 +61,7 @@ class Channel:
     def reset(self) -> None:
         """Forget the attempt before this one."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in (self.folder / PROGRESS_FILE, self.folder / "drain"):
+        for path in (self.folder / PROGRESS_FILE, self.folder / "drain", self.folder / "save"):
             path.unlink(missing_ok=True)
         self.forget_failures()
 

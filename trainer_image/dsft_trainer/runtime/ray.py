@@ -31,7 +31,7 @@ from dsft_trainer.drain import RAY_ADDRESS_ENV
 from dsft_trainer.errors import TrainerError
 from dsft_trainer.logs import LogShipper, output_files
 from dsft_trainer.process import rank_environment, start_environment
-from dsft_trainer.runtime import Outcome, Place
+from dsft_trainer.runtime import Outcome, Place, Wishes
 from dsft_trainer.runtime.channel import ECHOES, Channel
 from dsft_trainer.runtime.oom import oom_kills
 from dsft_trainer.runtime.ray_relay import NAMESPACE, RELAY_PREFIX, Relay
@@ -64,7 +64,7 @@ class RayRuntime:
         self._relay = relay
         self._datasets = datasets
         self._answer: ray.ObjectRef | None = None
-        self._drain = False
+        self._wishes = Wishes()
 
     @staticmethod
     def of(config: dict[str, Any]) -> "RayRuntime":
@@ -82,10 +82,10 @@ class RayRuntime:
         self._look_at_answer(0)
         self._answer = self._relay.publish.remote(self._start, progress)
 
-    def drain_requested(self) -> bool:
-        """Whether an answer said so. Only rank 0 publishes; its peers learn it from the step's reduction."""
+    def wishes(self) -> Wishes:
+        """The last answer. Only rank 0 publishes; its peers learn it from the step's reduction."""
         self._look_at_answer(0)
-        return self._drain
+        return self._wishes
 
     def fail(self, failure: TrainerFailure) -> None:
         """Tell the relay, waiting 10 s at most."""
@@ -115,7 +115,7 @@ class RayRuntime:
         if ready:
             self._answer = None
             try:
-                self._drain |= ray.get(ready[0])
+                self._wishes = ray.get(ready[0])
             except ray.exceptions.RayError as error:
                 log.warning("progress did not arrive: %s", error)
 

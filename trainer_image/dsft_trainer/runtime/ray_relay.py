@@ -7,6 +7,7 @@ current one are heard: a rank that was thought lost may still be on its way to s
 from pathlib import Path
 
 from dsft_api.progress import Progress, TrainerFailure
+from dsft_trainer.runtime import Wishes
 from dsft_trainer.runtime.channel import Channel
 
 # Of the Relay actors, so that `drain` finds them.
@@ -18,7 +19,7 @@ class Relay:
     """The channel's folder, reachable from other machines."""
 
     def __init__(self, folder: str, *, drains: bool) -> None:
-        """`drains`: there are ranks that look whether a drain was requested."""
+        """`drains`: there are ranks that look whether a drain, or a checkpoint, was requested."""
         self._channel = Channel(Path(folder))
         self._drains = drains
         self._outcome: str | None = None
@@ -34,12 +35,12 @@ class Relay:
         """Take no more documents: the last word is the driver's, and one of a rank may still be on its way."""
         self._start = None
 
-    def publish(self, start: int, progress: str) -> bool:
-        """Replace the progress document; answers whether a drain was requested."""
+    def publish(self, start: int, progress: str) -> Wishes:
+        """Replace the progress document; answers with what was requested."""
         if start == self._start:
             self._heard = True
             self._replace(progress)
-        return self._channel.drain_requested()
+        return Wishes(self._channel.drain_requested(), self._channel.save_requested())
 
     def announce(self, start: int, progress: str | None) -> bool:
         """The driver's document, if any, until the ranks are heard; answers whether they are still to be waited for."""
@@ -52,6 +53,10 @@ class Relay:
         """Ask the ranks to commit and stop."""
         self._channel.request_drain()
 
+    def request_save(self, value: str) -> None:
+        """Ask the ranks to commit and go on."""
+        self._channel.request_save(value)
+
     def fail(self, start: int, failure: str) -> None:
         """Record why a rank died."""
         if start == self._start:
@@ -63,7 +68,7 @@ class Relay:
             self._outcome = outcome
 
     def drains(self) -> bool:
-        """Whether it helps to wait for a drain."""
+        """Whether it helps to ask, and to wait for a drain."""
         return self._drains
 
     def outcome(self) -> str | None:

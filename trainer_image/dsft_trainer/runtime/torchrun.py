@@ -22,7 +22,7 @@ from dsft_api.progress import Progress, TrainerFailure
 from dsft_trainer.errors import TrainerError, failure_of
 from dsft_trainer.process import prepare_process, rank_environment, torch_device
 from dsft_trainer.progress import starting
-from dsft_trainer.runtime import Outcome, Place
+from dsft_trainer.runtime import Outcome, Place, Wishes
 from dsft_trainer.runtime.channel import Channel
 
 log = logging.getLogger(__name__)
@@ -46,9 +46,9 @@ class TorchrunRuntime:
         """Replace the progress file."""
         self._channel.publish(progress)
 
-    def drain_requested(self) -> bool:
-        """Whether this process was signalled, or the launcher asked."""
-        return self._signalled or self._channel.drain_requested()
+    def wishes(self) -> Wishes:
+        """That of the channel; a signal to this process asks for a drain too."""
+        return Wishes(self._signalled or self._channel.drain_requested(), self._channel.save_requested())
 
     def fail(self, failure: TrainerFailure) -> None:
         """Leave a failure file."""
