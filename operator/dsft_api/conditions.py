@@ -48,6 +48,7 @@ class Reason(StrEnum):
     INTERRUPTED = "Interrupted"
     COMMITTED = "Committed"
     NO_CHECKPOINT = "NoCheckpoint"
+    CHECKPOINT_DAMAGED = "CheckpointDamaged"
     SUBMITTED = "Submitted"
     PROVISIONING = "Provisioning"
     QUEUED = "Queued"

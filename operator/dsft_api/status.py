@@ -131,11 +131,17 @@ class Checkpoints(ApiModel):
     )
     failures: int | None = Field(default=None, description="Saves in a row that failed up to now.")
     failure: str | None = Field(default=None, max_length=1024, description="Why the last of them did, and what to do.")
+    damaged: Annotated[tuple[str, ...], Field(max_length=5)] = Field(
+        default=(),
+        description="Checkpoints that the last start passed over, since their files do not match their checksums.",
+    )
 
     @property
     def summary(self) -> str:
         """The newest commit, and what keeps the next one from being made: the message of CheckpointAvailable."""
         parts = [f"step {self.latest.step}"] if self.latest else []
+        if self.damaged:
+            parts.append(f"passed over, since files do not match their checksums: {', '.join(self.damaged)}")
         if self.failures:
             parts.append(f"saves that failed since: {self.failures}; {self.failure}")
         return "; ".join(parts)

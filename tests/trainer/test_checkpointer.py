@@ -203,6 +203,9 @@ def test_a_damaged_file_means_the_commit_before(store: Store, tmp_path: Path, da
     assert second.begin(2) == 3
     assert second.state.value == "step 3 of a1.g1"
     assert folders(store) == {whole}
+    told = second.checkpointer.references("s3://run")
+    assert told.damaged == ("step-00000006-a1.g1",)
+    assert "passed over, since files do not match their checksums: step-00000006-a1.g1" in told.summary
     second.save(6)
     assert Start(store, tmp_path / "scratch").begin(3) == 6
 

@@ -26,7 +26,7 @@ from dsft_api.progress import TrainerPhase
 from dsft_api.status import EvaluationStatus, Output
 from dsft_trainer import collectives
 from dsft_trainer.checkpoint.checkpointer import Checkpointer, Identity
-from dsft_trainer.checkpoint.listing import Retention, read_claims, references
+from dsft_trainer.checkpoint.listing import Retention, read_claims
 from dsft_trainer.checkpoint.origin import Origin, Pin, open_origin
 from dsft_trainer.checkpoint.requests import SaveRequests
 from dsft_trainer.checkpoint.restore import Restorer
@@ -193,7 +193,7 @@ class _Attempt:
         self.reporter.update(
             group=checkpointer.claim.group,
             from_step=checkpointer.restorer.first_step,
-            checkpoints=references(self.job.storage_prefix, checkpointer.commits, checkpointer.retention),
+            checkpoints=checkpointer.references(self.job.storage_prefix),
         )
         if base is not None and checkpointer.restorer.must_convert:
             self.beat()

@@ -10,7 +10,7 @@ from datetime import datetime
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from dsft_api.conditions import WAITS, ConditionType, Phase
+from dsft_api.conditions import WAITS, ConditionType, Phase, Reason
 from dsft_api.status import FineTuneStatus
 from dsft_operator.config import OperatorConfig
 from dsft_operator.core import decision as do
@@ -230,15 +230,19 @@ class Reconciler:
             log.warning("the driver could not be asked: %s", error, extra={"action": type(action).__name__})
 
     async def _tell(self, run: Run, status: FineTuneStatus) -> None:
-        """An Event for each new phase, and for a new reason that calls for somebody. Not posted is no reason to stop."""
+        """An Event for each new phase, and for what is new and calls for somebody. Not posted is no reason to stop."""
         reason, before = (_reason(known) for known in (status, run.status))
         is_new, is_trouble = status.phase is not run.status.phase, bool(WAITS.get(reason))
-        if status.phase is None or not (is_new or (is_trouble and reason != before)):
-            return
-        told = str(status.phase) if is_new else reason
-        kind = "Warning" if status.phase is Phase.FAILED or is_trouble else "Normal"
+        damaged, known = (
+            part.checkpoints.damaged if part.checkpoints is not None else () for part in (status, run.status)
+        )
         try:
-            await self._kube.event(run, kind, told, status.message or told)
+            if status.phase is not None and (is_new or (is_trouble and reason != before)):
+                told = str(status.phase) if is_new else reason
+                kind = "Warning" if status.phase is Phase.FAILED or is_trouble else "Normal"
+                await self._kube.event(run, kind, told, status.message or told)
+            if status.checkpoints is not None and set(damaged) - set(known):
+                await self._kube.event(run, "Warning", Reason.CHECKPOINT_DAMAGED, status.checkpoints.summary)
         except (Conflict, KubeError) as error:
             log.debug("event not posted: %s", error)
 

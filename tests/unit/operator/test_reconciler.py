@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from dsft_api.conditions import FailureClass, Phase
+from dsft_api.status import Checkpoints
 from dsft_operator.core.observed import Pod, Queueing, Warned
 from tests.unit.operator.situations import CONFIG, NOW, UID
 from tests.unit.operator.world import KEY, PASSES, World, settle, without_times
@@ -280,6 +281,22 @@ def test_events_tell_the_transitions_once() -> None:
         ("Normal", "Running"),
         ("Normal", "Succeeded"),
     ]
+
+
+def test_a_damaged_checkpoint_is_told_once() -> None:
+    world = World()
+    run_until(world, Phase.RUNNING)
+    world.hold = True
+    (cluster,) = world.clusters.values()
+    operator = world.reconciler()
+    for _ in range(3):
+        assert cluster.progress is not None
+        told = cluster.progress.checkpoints or Checkpoints()
+        told = told.model_copy(update={"damaged": ("step-00000006-a1.g1",)})
+        cluster.progress = cluster.progress.model_copy(update={"checkpoints": told})
+        asyncio.run(operator.reconcile(KEY))
+        world.tick()
+    assert world.events.count(("Warning", "CheckpointDamaged")) == 1
 
 
 def test_events_that_cannot_be_posted_stop_nothing() -> None:

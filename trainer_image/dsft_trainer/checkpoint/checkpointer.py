@@ -23,6 +23,7 @@ from pydantic import TypeAdapter
 
 from dsft_api.conditions import FailureClass
 from dsft_api.layout import CHECKPOINTS
+from dsft_api.status import Checkpoints
 from dsft_trainer import collectives
 from dsft_trainer.checkpoint import files, universal
 from dsft_trainer.checkpoint.background import Task
@@ -36,13 +37,14 @@ from dsft_trainer.checkpoint.commits import (
     parse_name,
     superfluous,
 )
-from dsft_trainer.checkpoint.listing import Retention, make_claim, manifest, read_claims
+from dsft_trainer.checkpoint.listing import Retention, make_claim, manifest, read_claims, references
 from dsft_trainer.checkpoint.restore import Loading, Restorer
 from dsft_trainer.checkpoint.store import Store
 from dsft_trainer.errors import TrainerError
 from dsft_trainer.runtime import Place
 
 log = logging.getLogger(__name__)
+MAX_DAMAGED = 5
 _FILES = TypeAdapter(tuple[CommittedFile, ...])
 
 
@@ -253,6 +255,11 @@ class Checkpointer:
                 "or parts of it, while it trained",
                 "leave the folder alone while the run is there; the next attempt goes on with what is left in it",
             )
+
+    def references(self, prefix: str) -> Checkpoints:
+        """The commits, and what was passed over on the way to them, as status shows them."""
+        damaged = tuple(self.restorer.damaged[-MAX_DAMAGED:])
+        return references(prefix, self.commits, self.retention).model_copy(update={"damaged": damaged})
 
     def _kept(self, commit: Commit) -> list[Commit]:
         """The commits that there are with this one."""

@@ -62,6 +62,7 @@ class Restorer:
         self.place = place
         self.scratch = scratch
         self.commits: list[Commit] = []
+        self.damaged: list[str] = []
         self.base: Commit | None = None
         self.origin: Origin | None = None
         self.conversion: universal.Conversion | None = None
@@ -84,6 +85,7 @@ class Restorer:
             if self._fetched_everywhere(candidate):
                 break
             log.warning("checkpoint %s does not match its checksums: falling back to the one before it", candidate.name)
+            self.damaged.append(candidate.name)
             commits = commits[:-1]
         self.commits = commits
         self.base = commits[-1] if commits else self._adopted()

@@ -18,7 +18,6 @@ from dsft_api.conditions import FailureClass
 from dsft_api.status import Checkpoints
 from dsft_trainer.checkpoint.checkpointer import Checkpointer, Point, Shards
 from dsft_trainer.checkpoint.commits import Claim
-from dsft_trainer.checkpoint.listing import references
 from dsft_trainer.errors import TrainerError
 
 log = logging.getLogger(__name__)
@@ -156,7 +155,7 @@ class Saver:
     def report(self, prefix: str) -> Checkpoints:
         """What status shows."""
         interval = self.cadence.seconds(self.blocked)
-        return references(prefix, self.checkpointer.commits, self.checkpointer.retention).model_copy(
+        return self.checkpointer.references(prefix).model_copy(
             update={
                 "blocked_seconds": None if self.blocked is None else round(self.blocked, 3),
                 "interval_seconds": None if interval is None else round(interval, 1),
