@@ -236,6 +236,7 @@ def pod_of(raw: Json) -> Pod:
         node=node,
         ready=conditions.get("Ready", {}).get("status") == "True",
         deleting="deletionTimestamp" in meta,
+        gone_by=_time(meta.get("deletionTimestamp")),
         unscheduled=scheduled.get("message", "") if scheduled.get("status") == "False" else None,
         waiting=(told[0].get("reason", ""), told[0].get("message", "")) if told else None,
         waits_for_head=any(c["name"] == WAIT_CONTAINER and "running" in _state(c) for c in containers),

@@ -110,6 +110,7 @@ class Pod:
     node: str | None = None
     ready: bool = False
     deleting: bool = False
+    gone_by: datetime | None = None  # of one that is being deleted: its grace is over then
     unscheduled: str | None = None  # the scheduler's words
     waiting: tuple[str, str] | None = None  # reason and message of a container that does not start
     waits_for_head: bool = False  # KubeRay's init container asks the head until it answers

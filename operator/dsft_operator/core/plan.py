@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import datetime
 
 from dsft_operator.config import OperatorConfig
-from dsft_operator.core import attempt_rules, cluster_rules, resource_rules
+from dsft_operator.core import attempt_rules, cluster_rules, node_rules, resource_rules
 from dsft_operator.core.decision import Decision
 from dsft_operator.core.observed import Observed
 
@@ -24,6 +24,7 @@ RULES: tuple[Rule, ...] = (
     cluster_rules.going,  # wait until the old one is gone
     cluster_rules.outdated,  # other pods are wanted now: make another
     cluster_rules.unprepared,  # token and NetworkPolicy
+    node_rules.stranded,  # a pod never ends, and KubeRay makes none in its place: make another cluster
     cluster_rules.waiting,  # explain the wait; deadlines
     attempt_rules.unsubmitted,  # write the intent first, then submit
     attempt_rules.lost,  # session changed, job gone, head gone

@@ -60,6 +60,9 @@ def _obstacle(cluster: Cluster, pods: tuple[Pod, ...], head: Head | Unknown | No
         return Reason.WAITING_FOR_RAY, f"{waiting[0]} asks the Ray head whether it is up"
     if isinstance(head, Unknown) and all(pod.ready for pod in pods):
         return Reason.WAITING_FOR_RAY, f"the Ray head does not answer yet: {head.reason}"
+    leaving = [pod.name for pod in pods if pod.deleting]
+    if leaving:
+        return Reason.PROVISIONING, f"{leaving[0]} is being deleted; KubeRay makes another one when it has ended"
     return Reason.PROVISIONING, "pods are starting"
 
 

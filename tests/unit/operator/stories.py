@@ -12,8 +12,9 @@ from tests.unit.operator.situations import UID
 from tests.unit.operator.world import RayCluster, World
 
 STEPS = 3
-# Less than the 180 s of real life, each of whose looks would be a few more points of the same kind.
+# Less than the 180 s and 60 s of real life, each of whose looks would be a few more points of the same kind.
 UNREACHABLE_SECONDS = 40
+STRANDED_SECONDS = 15
 SILENT_TICKS = 16
 NAME = f"chat-{UID[:5]}"
 # Deleted in a phase means there or later: a disturbed run may pass a phase by.
@@ -194,6 +195,7 @@ FAILURES: dict[str, Story] = {
     "the head restarts": Story(user=at_step(1, World.restart_head), submissions=2),
     "the cluster is deleted": Story(user=at_step(1, World.lose_cluster), submissions=2, clusters=2),
     "the head falls silent": Story(user=at_step(1, falls_silent), submissions=2, clusters=2),
+    "a node dies, and its pod never ends": Story(user=at_step(1, World.lose_node), submissions=2, clusters=2),
     "the API server is away at the end": Story(user=at_step(1, lambda world: world.go_without("api_down", 14))),
     "the program raises": Story(Phase.FAILED, facts={"fails_with": "UserCode"}),
     "deleted before it was known": Story(user=gone_before_it_was_known, clusters=2),

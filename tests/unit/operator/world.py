@@ -50,6 +50,7 @@ class RayCluster:
     session: int = 1
     jobs: dict[str, str] = field(default_factory=dict[str, str])
     ended: dict[str, datetime] = field(default_factory=dict[str, datetime])
+    dead_since: datetime | None = None  # one of its nodes: the pod there never ends
     token_of: str | None = None  # the cluster whose Secret its pods started with
     progress: Progress | None = None
     saves: dict[str, str] = field(default_factory=dict[str, str])  # submission -> the request it passed on
@@ -146,6 +147,8 @@ class World:
         if state == "PENDING":
             cluster.jobs[submission] = "RUNNING"
             cluster.progress = told(TrainerPhase.LOADING, attempt)
+        elif state == "RUNNING" and cluster.dead_since is not None:
+            cluster.progress = told(TrainerPhase.STARTING, attempt, step=self.committed, committed=self.committed)
         elif state == "RUNNING" and self.hold and self.committed:
             cluster.progress = told(TrainerPhase.TRAINING, attempt, step=self.committed, committed=self.committed)
         elif state == "RUNNING" and not self.hold:
@@ -196,6 +199,13 @@ class World:
             return ()
         waiting = ("CreateContainerConfigError", f'secret "{name}" not found')
         return (Pod(f"{name}-head", "head", "headgroup", waiting=waiting),)
+
+    def dead_pods(self, name: str) -> tuple[Pod, ...]:
+        """The pod of a cluster whose node is dead."""
+        cluster = self.clusters.get(name)
+        if cluster is None or cluster.dead_since is None:
+            return ()
+        return (Pod(f"{name}-gpu-1", "worker", "gpu", node="node-1", deleting=True, gone_by=cluster.dead_since),)
 
     def check_untouched(self) -> None:
         """What only users, Kueue and KubeRay write is as they wrote it."""
@@ -264,6 +274,11 @@ class World:
                     cluster.progress = told(
                         TrainerPhase.FAILED, attempt, step=self.committed, committed=self.committed, failure=failure
                     )
+
+    def lose_node(self) -> None:
+        """A node dies, and nobody ends the pod there."""
+        for cluster in self.clusters.values():
+            cluster.dead_since = self.now
 
     def lose_cluster(self) -> None:
         """Somebody deletes the RayCluster."""
@@ -375,13 +390,13 @@ class FakeKube:
             created=found.created,
             seen_by_kuberay=found.seen,
             head_ready=found.ready,
-            ready_workers=2 if found.ready else 0,
+            ready_workers=2 - (found.dead_since is not None) if found.ready else 0,
             desired_workers=2,
             head_address=name if found.ready else None,
         )
 
     async def pods(self, key: Key, cluster: str) -> tuple[Pod, ...]:
-        return (*self._world.pods, *self._world.pods_without_secret(cluster))
+        return (*self._world.pods, *self._world.pods_without_secret(cluster), *self._world.dead_pods(cluster))
 
     async def queueing(self, key: Key, cluster_uid: str) -> Queueing | None:
         self._up()
