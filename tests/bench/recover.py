@@ -16,10 +16,9 @@ from pathlib import Path
 
 import psutil
 
-from dsft_api.progress import Progress, TrainerPhase
-from dsft_trainer.runtime.channel import Channel
+from dsft_api.progress import TrainerPhase
 from tests.trainer import tiny
-from tests.trainer.runs import Run, causal_lm, family, is_alive, wait_until
+from tests.trainer.runs import Run, causal_lm, ranks, wait_until
 
 GOAL_SECONDS = 10.0
 STEPS = 100_000
@@ -47,16 +46,11 @@ def make_run(folder: Path) -> Run:
     return Run(document, folder / "run")
 
 
-def told(run: Run) -> Progress | None:
-    """The trainer's document."""
-    return Channel(run.local().channel).progress()
-
-
 def recover(run: Run, process: "subprocess.Popen[bytes]", number: int) -> Recovery:
     """Kill a rank of the given start (from 1) once that has committed; see the next start make a step."""
 
     def has(restarts: int, phase: TrainerPhase | None = None) -> bool:
-        progress = told(run)
+        progress = run.told()
         assert process.poll() is None, run.log_tail()
         return progress is not None and progress.restarts == restarts and phase in (None, progress.phase)
 
@@ -71,7 +65,7 @@ def recover(run: Run, process: "subprocess.Popen[bytes]", number: int) -> Recove
     noticed = time.monotonic() - begin
     wait_until(lambda: has(number, TrainerPhase.TRAINING), "a step of the next start")
     step = time.monotonic() - begin
-    progress = told(run)
+    progress = run.told()
     assert progress is not None
     lost = progress.losses[-1].step or 0
     return Recovery(noticed, step, lost - run.claims()[-1].base_step)
@@ -79,9 +73,9 @@ def recover(run: Run, process: "subprocess.Popen[bytes]", number: int) -> Recove
 
 def rank(process: "subprocess.Popen[bytes]") -> psutil.Process:
     """The second of the two."""
-    ranks = [member for member in family(process) if is_alive(member) and "RayTrainWorker" in member.name()]
-    assert len(ranks) == 2, ranks
-    return ranks[1]
+    members = ranks(process)
+    assert len(members) == 2, members
+    return members[1]
 
 
 def main() -> int:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import psutil
 import pytest
 
+from dsft_trainer.checkpoint.commits import Claim
 from tests.trainer import tiny
 from tests.trainer.runs import Manifest, Run, causal_lm, family, is_alive, kill_session, wait_until
 
@@ -29,13 +30,13 @@ LATEST: dict[KillPoint, float] = {"inside a checkpoint": 0.03, "between checkpoi
 WITNESSES = {"torchrun": {"dsft", "python"}, "ray": {"dsft", "python", "raylet"}}
 
 
-def killed_manifest(folder: Path) -> Manifest:
+def killed_manifest(folder: Path, steps: int = STEPS) -> Manifest:
     """Two ranks, dropout, an evaluation every 4 steps and a checkpoint every 3."""
     model = tiny.llama(folder / "model")
     # The position of every rank's random generator decides the losses.
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1}))
-    document = causal_lm("killed", model, tiny.dataset(folder, "prompt_completion"), steps=STEPS)
+    document = causal_lm("killed", model, tiny.dataset(folder, "prompt_completion"), steps=steps)
     document["spec"]["data"]["evalFraction"] = 0.1
     document["spec"]["evaluation"] = {"everySteps": 4}
     document["spec"]["checkpoint"] = {"everySteps": 3}
@@ -121,22 +122,39 @@ def timeless(line: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in line.items() if name != "tokens_per_second"}
 
 
-def assert_same_training(run: Run, reference: Run) -> None:
-    """Loss, gradient norm and evaluation of every step in every attempt are the reference's, bit for bit."""
-    trained, evaluated = lines_by_step(reference, "train"), lines_by_step(reference, "eval")
-    assert list(trained) == list(range(1, STEPS + 1))
-    seen_trained, seen_evaluated = set(), set()
-    for claim in run.claims():
+@dataclass(frozen=True)
+class Training:
+    """What each step of the run that nobody kills gave, by kind and step."""
+
+    trained: dict[int, dict[str, Any]]
+    evaluated: dict[int, dict[str, Any]]
+
+    @staticmethod
+    def of(reference: Run) -> "Training":
+        """All of it."""
+        training = Training(lines_by_step(reference, "train"), lines_by_step(reference, "eval"))
+        assert list(training.trained) == list(range(1, reference.manifest["spec"]["training"]["maxSteps"] + 1))
+        return training
+
+    def assert_equal(self, run: Run, claim: Claim) -> None:
+        """Loss, gradient norm and evaluation of each step that a start stored are these, bit for bit."""
         lines = [timeless(line) for line in run.metrics(claim.id)]
         steps = [line["step"] for line in lines if line["kind"] == "train"]
         assert steps == list(range(claim.base_step + 1, claim.base_step + 1 + len(steps))), claim
         for line in lines:
-            expected = (trained if line["kind"] == "train" else evaluated)[line["step"]]
+            expected = (self.trained if line["kind"] == "train" else self.evaluated)[line["step"]]
             assert line == expected, f"{claim.id} from step {claim.base_step}"
-        seen_trained |= set(steps)
-        seen_evaluated |= {line["step"] for line in lines if line["kind"] == "eval"}
-    assert seen_trained == trained.keys()
-    assert seen_evaluated == evaluated.keys()
+
+
+def assert_same_training(run: Run, reference: Run) -> None:
+    """Loss, gradient norm and evaluation of every step in every attempt are the reference's, bit for bit."""
+    training = Training.of(reference)
+    seen: dict[str, set[int]] = {"train": set(), "eval": set()}
+    for claim in run.claims():
+        training.assert_equal(run, claim)
+        for line in run.metrics(claim.id):
+            seen[line["kind"]].add(line["step"])
+    assert seen == {"train": training.trained.keys(), "eval": training.evaluated.keys()}
     assert run.weights() == reference.weights() != {}
 
 

@@ -19,15 +19,19 @@ import yaml
 
 from dsft_api.layout import CHECKPOINTS, EXPORT, RESULT_FILE
 from dsft_api.manifest import parse
+from dsft_api.progress import Progress
 from dsft_cli.local_run import LocalRun, find_run
 from dsft_trainer.checkpoint.commits import COMMIT_FILE, Claim, ClaimId, Commit, parse_name
 from dsft_trainer.checkpoint.listing import read_claims
 from dsft_trainer.checkpoint.store import Store, open_store
+from dsft_trainer.runtime.channel import Channel
 
 # Generous, since others may use the cores: a start takes 10 s on two free ones, and 20 s with Ray.
 PATIENCE_SECONDS = 240.0
 
 Manifest = dict[str, Any]
+
+_FORK_SERVER = "multiprocessing.forkserver"
 
 
 def causal_lm(name: str, model: Path, train: Path, *, steps: int, seed: int = 7) -> Manifest:
@@ -76,7 +80,10 @@ class Run:
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True)
         self.file.write_text(yaml.safe_dump(self.manifest))
-        self.store: Store = open_store(self.local().storage_prefix)
+        local = self.local()
+        # By the environment's way, which may be another than the run's own endpoint.
+        self.store: Store = open_store(local.storage_prefix)
+        self._channel = Channel(local.channel)
 
     @property
     def file(self) -> Path:
@@ -117,6 +124,10 @@ class Run:
         assert code == 0, f"exit code {code}:\n{self.log_tail()}"
         assert self.store.get_bytes(RESULT_FILE) is not None
 
+    def told(self) -> Progress | None:
+        """The trainer's last document."""
+        return self._channel.progress()
+
     def log_tail(self) -> str:
         """The end of what the CLI and the newest attempt printed."""
         local = self.local()
@@ -154,21 +165,60 @@ class Run:
         return {e.key: hashlib.sha256(self.store.get_bytes(e.key) or b"").hexdigest() for e in entries}
 
     def assert_commits_whole(self) -> None:
-        """Every checkpoint that has a COMMIT.json has every file it lists, bit for bit."""
-        sizes = {entry.key: entry.size for entry in self.store.list(CHECKPOINTS)}
+        """Every checkpoint that has a COMMIT.json has every file it lists, bit for bit. Also while the run goes on."""
         for name in (name for name, committed in self.checkpoints().items() if committed):
-            commit = Commit.model_validate_json(self.store.get_bytes(f"{CHECKPOINTS}/{name}/{COMMIT_FILE}") or b"")
-            assert {file.rank for file in commit.files} == set(range(commit.world_size))
-            for file in commit.files:
-                key = f"{CHECKPOINTS}/{name}/{file.path}"
-                assert sizes.get(key) == file.size, key
-                assert hashlib.sha256(self.store.get_bytes(key) or b"").hexdigest() == file.sha256, key
+            fault = self._fault_of(name)
+            # Retention takes COMMIT.json away before anything else.
+            assert not fault or self.store.get_bytes(f"{CHECKPOINTS}/{name}/{COMMIT_FILE}") is None, fault
+
+    def _fault_of(self, name: str) -> str | None:
+        folder = f"{CHECKPOINTS}/{name}"
+        manifest = self.store.get_bytes(f"{folder}/{COMMIT_FILE}")
+        if manifest is None:
+            return None
+        commit = Commit.model_validate_json(manifest)
+        if {file.rank for file in commit.files} != set(range(commit.world_size)):
+            return f"{name} lacks the files of a rank"
+        sizes = {entry.key: entry.size for entry in self.store.list(folder)}
+        for file in commit.files:
+            key = f"{folder}/{file.path}"
+            digest = hashlib.sha256(self.store.get_bytes(key) or b"").hexdigest()
+            if sizes.get(key) != file.size or digest != file.sha256:
+                return f"{key} is not what was committed"
+        return None
 
 
 def family(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
     """A process and all below it, to be asked about after its death."""
     leader = psutil.Process(process.pid)
     return [leader, *leader.children(recursive=True)]
+
+
+def driver(process: "subprocess.Popen[bytes]") -> psutil.Process:
+    """The trainer that `dsft run` started."""
+    (found,) = [child for child in psutil.Process(process.pid).children() if "dsft_trainer" in _command(child)]
+    return found
+
+
+def ranks(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
+    """The processes that train, with Ray or torch elastic, whose ranks are forked from a fork server."""
+    found = []
+    for member in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            is_forked = all(_FORK_SERVER in " ".join(_command(part)) for part in (member, member.parent()))
+            if is_alive(member) and ("RayTrainWorker" in member.name() or is_forked):
+                found.append(member)
+    return found
+
+
+def _command(process: psutil.Process | None) -> list[str]:
+    """Its arguments; none of a process that is gone."""
+    if process is None:
+        return []
+    try:
+        return process.cmdline()
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return []
 
 
 def kill_session(process: "subprocess.Popen[bytes]") -> int:

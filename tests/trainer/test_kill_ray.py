@@ -17,7 +17,7 @@ from tests.trainer.killing import (
     killer_of,
     never_killed,
 )
-from tests.trainer.runs import PATIENCE_SECONDS, Manifest, Run, family, is_alive, wait_until
+from tests.trainer.runs import PATIENCE_SECONDS, Manifest, Run, is_alive, ranks, wait_until
 
 # Longer than what a start does in one piece on a busy machine.
 STALL_SECONDS = 20
@@ -83,9 +83,9 @@ def rank_after_commit(run: Run, process: "subprocess.Popen[bytes]", group: int) 
         f"a commit of start {group}",
     )
     assert process.poll() is None, run.log_tail()
-    ranks = [member for member in family(process) if is_alive(member) and "RayTrainWorker" in member.name()]
-    assert len(ranks) == 2, ranks
-    return ranks[1]
+    members = ranks(process)
+    assert len(members) == 2, members
+    return members[1]
 
 
 def committed(run: Run) -> list[str]:

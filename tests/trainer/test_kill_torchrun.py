@@ -1,6 +1,5 @@
 """A run under torchrun that is killed without warning, 20 times, trains exactly as one that never was."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -42,8 +41,8 @@ def test_killed_ten_times_with_s3(manifest: Manifest, reference: Run, tmp_path: 
 
 def told_step(run: Run) -> int:
     """The step that the trainer told last."""
-    told = [json.loads(path.read_text()) for path in run.folder.glob("runs/*/*/channel/dsft-progress.json")]
-    return max((document.get("progress", {}).get("step", 0) for document in told), default=0)
+    told = run.told()
+    return told.progress.step if told is not None and told.progress is not None else 0
 
 
 def test_killed_while_training_goes_on_beside_an_upload(
@@ -57,17 +56,16 @@ def test_killed_while_training_goes_on_beside_an_upload(
     """The shards of step 6 are held up, so two steps are done that no commit knows."""
     with faulty(s3_server.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        proxy.hold = lambda method, path: method == "PUT" and "step-00000006-" in path
+        gate = proxy.hold(lambda method, path: method == "PUT" and "step-00000006-" in path)
         run = Run(in_storage(manifest, s3_uri), tmp_path / "run")
         with run.started() as process:
             wait_until(lambda: process.poll() is not None or told_step(run) >= 8, "step 8, beside the upload of step 6")
             assert process.poll() is None, run.log_tail()
-            assert proxy.held, "no upload was on its way"
+            assert gate.held, "no upload was on its way"
             # The first evaluation, after step 4, is the best so far.
             assert run.newest_step() == 4
             kill_session(process)
-        proxy.hold = lambda _method, _path: False
-        proxy.release.set()
+        gate.open()
         run.finish()
         assert [claim.base_step for claim in run.claims()] == [0, 4]
         run.assert_commits_whole()

@@ -85,14 +85,14 @@ def until(fact: Callable[[], bool], what: str) -> None:
 
 def test_training_goes_on_while_the_store_is_slow(store: Store, proxy: FaultyS3, tmp_path: Path) -> None:
     start = Start(store, tmp_path)
-    proxy.hold = lambda method, path: method == "PUT" and "checkpoints" in path
+    gate = proxy.hold(lambda method, path: method == "PUT" and "checkpoints" in path)
     start.save(3)
-    until(lambda: len(proxy.held) == 2, "both files are on their way")
+    until(lambda: len(gate.held) == 2, "both files are on their way")
     assert start.saver.votes() == [1.0, 0.0]
     start.saver.heard(1.0, 0.0)
     assert not start.saver.settleable
     assert steps(store) == []
-    proxy.release.set()
+    gate.open()
     until(lambda: start.saver.votes() == [0.0, 0.0], "the save's end")
     start.saver.heard(0.0, 0.0)
     assert start.saver.settleable
@@ -106,10 +106,10 @@ def test_training_goes_on_while_the_store_is_slow(store: Store, proxy: FaultyS3,
 
 def test_the_next_save_by_steps_waits_for_the_one_before(store: Store, proxy: FaultyS3, tmp_path: Path) -> None:
     start = Start(store, tmp_path)
-    proxy.hold = lambda method, path: method == "PUT" and "step-00000003" in path
+    gate = proxy.hold(lambda method, path: method == "PUT" and "step-00000003" in path)
     start.save(3)
     assert start.saver.due(6)
-    threading.Timer(0.5, proxy.release.set).start()
+    threading.Timer(0.5, gate.open).start()
     start.save(6)
     assert steps(store)[0] == 3, "the second save began before the first was committed"
     assert start.saver.blocked is not None
@@ -126,12 +126,12 @@ def test_a_save_that_is_due_by_time_is_put_off(store: Store, proxy: FaultyS3, tm
     assert start.saver.votes() == [0.0, 1.0]
     start.saver.heard(0.0, 1.0)
     assert start.saver.due(1)
-    proxy.hold = lambda method, path: method == "PUT" and "checkpoints" in path
+    gate = proxy.hold(lambda method, path: method == "PUT" and "checkpoints" in path)
     start.save(1)
     clock.now += 121
     start.saver.heard(*start.saver.votes())
     assert not start.saver.due(2), "the save before is not done"
-    proxy.release.set()
+    gate.open()
     assert start.saver.settle()
     start.saver.heard(*start.saver.votes())
     assert start.saver.due(3)
@@ -199,11 +199,11 @@ def test_a_superseded_start_ends_at_once(store: Store, proxy: FaultyS3, tmp_path
 
 def test_the_end_of_a_rank_waits_for_its_save(store: Store, proxy: FaultyS3, tmp_path: Path) -> None:
     start = Start(store, tmp_path)
-    proxy.hold = lambda method, path: method == "PUT" and "checkpoints" in path
+    gate = proxy.hold(lambda method, path: method == "PUT" and "checkpoints" in path)
     start.save(3)
     start.checkpointer.close(0.01)
     assert steps(store) == []
-    threading.Timer(0.2, proxy.release.set).start()
+    threading.Timer(0.2, gate.open).start()
     start.checkpointer.close(PATIENCE_SECONDS)
     assert steps(store) == [3]
 

@@ -110,12 +110,11 @@ def test_two_ranks_then_one_then_three_then_two(
     with faulty(s3_server.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         run = Run(document, tmp_path / "run")
-        proxy.hold = lambda method, path: method == "PUT" and f"/{UNIVERSAL}/a2.g1/COMMIT.json" in path
+        gate = proxy.hold(lambda method, path: method == "PUT" and f"/{UNIVERSAL}/a2.g1/COMMIT.json" in path)
         with training(run.folder, str(run.folder), "2", "1") as process:
-            wait_until(lambda: process.poll() is not None or bool(proxy.held), "a conversion that is nearly whole")
+            wait_until(lambda: process.poll() is not None or bool(gate.held), "a conversion that is nearly whole")
             assert process.poll() is None, log_tail(run.folder)
             assert kill_session(process) == -signal.SIGKILL
-        proxy.hold = lambda _method, _path: False
         (first,) = run.checkpoints()
         committed = contents(run, f"checkpoints/{first}")
         left = contents(run, UNIVERSAL)
