@@ -1,6 +1,7 @@
 """What a store says when storage refuses, fails or is not there; and that the check before a run takes seconds."""
 
 import errno
+import math
 import os
 import shutil
 import socket
@@ -20,6 +21,7 @@ from dsft_trainer.checkpoint.store import (
     open_store,
 )
 from dsft_trainer.errors import TrainerError
+from tests.s3_faults import faulty
 from tests.s3_server import ADMIN, READER, S3Server
 
 
@@ -129,6 +131,26 @@ def test_file_in_place_of_the_folder(tmp_path: Path) -> None:
         error = denied(open_store(uri))
         assert os.strerror(errno.ENOTDIR) in error.message
         assert "spec.storage.uri" in error.remedy
+
+
+def test_silence_is_a_wrong_address_at_first_and_an_outage_later(s3_uri: str, s3_server: S3Server) -> None:
+    """An attempt that follows another one is tried again after an outage; StorageDenied would be the run's end."""
+    with faulty(s3_server.endpoint) as proxy:
+        store = open_store(s3_uri, endpoint_url=proxy.endpoint, retry_seconds=10.0)
+        check_writable(store)
+        proxy.down_until = math.inf
+        assert "endpoint is up" in denied(store).remedy
+        outlasting = threading.Thread(target=check_writable, args=(store,), kwargs={"worked_before": True})
+        outlasting.start()
+        outlasting.join(1.0)
+        assert outlasting.is_alive(), "it did not wait for storage to come back"
+        proxy.down_until = 0.0
+        outlasting.join(30.0)
+        assert not outlasting.is_alive()
+        proxy.down_until = math.inf
+        with pytest.raises(TrainerError) as raised:
+            check_writable(open_store(s3_uri, endpoint_url=proxy.endpoint, retry_seconds=1.0), worked_before=True)
+        assert raised.value.failure_class is FailureClass.UNKNOWN
 
 
 CHECK = """

@@ -25,7 +25,7 @@ def preflight(job: Job, cache: Path) -> None:
     """
     if job.spec.program is None:
         _check_numbers(job)
-    check_writable(store_of(job))
+    check_writable(store_of(job), worked_before=job.attempt > 1)
     if job.spec.program is not None:
         check_module(job.spec.program)
         return

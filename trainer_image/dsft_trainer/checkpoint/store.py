@@ -129,21 +129,26 @@ def open_store(
     raise TrainerError(FailureClass.CONFIG_INVALID, f"storage URI {uri!r} {fault}", f"write it as {known}")
 
 
-def check_writable(store: Store) -> None:
+def check_writable(store: Store, *, worked_before: bool = False) -> None:
     """Write, read, list and delete a probe; returns within seconds even when nothing answers.
+
+    With `worked_before` silence is an outage: it is waited out as by any other request, and is no StorageDenied, which would be
+    the end of the run.
 
     Raises TrainerError(STORAGE_DENIED) that names the URI, what failed and what to do.
     """
-    quick = store.impatient()
+    probed = store if worked_before else store.impatient()
     key, data = f".probe/{uuid4().hex}", b"dsft checks that it may write here\n"
     try:
-        won = quick.put_bytes(key, data, if_absent=True)
-        lost = quick.put_bytes(key, b"a second writer", if_absent=True)
-        read = quick.get_bytes(key)
-        listed = [entry.key for entry in quick.list(".probe/")]
-        quick.delete([key])
-        left = quick.get_bytes(key)
+        won = probed.put_bytes(key, data, if_absent=True)
+        lost = probed.put_bytes(key, b"a second writer", if_absent=True)
+        read = probed.get_bytes(key)
+        listed = [entry.key for entry in probed.list(".probe/")]
+        probed.delete([key])
+        left = probed.get_bytes(key)
     except TrainerError as error:
+        if worked_before:
+            raise
         raise TrainerError(FailureClass.STORAGE_DENIED, error.message, error.remedy) from error
     if not won or lost:
         fault = "ignores conditional writes (If-None-Match), so two attempts could overwrite each other"
