@@ -45,6 +45,7 @@ _COLUMNS = {
 _WIDE_COLUMNS = {
     "Model": ("string", ".spec.model.uri"),
     "Checkpoint": ("integer", ".status.checkpoints.latest.step"),
+    "Goodput": ("number", ".status.usage.goodput"),
     "Message": ("string", ".status.message"),
 }
 

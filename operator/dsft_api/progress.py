@@ -11,7 +11,7 @@ from pydantic import Field
 
 from dsft_api.base import ApiModel
 from dsft_api.conditions import FailureClass, Phase
-from dsft_api.status import Checkpoints, EvaluationStatus, Inputs, Loss, Output, ProgressStatus, Time
+from dsft_api.status import Checkpoints, EvaluationStatus, Inputs, Loss, Output, ProgressStatus, Spent, Time
 
 PROGRESS_FILE = "dsft-progress.json"
 
@@ -83,6 +83,7 @@ class Progress(ApiModel):
     losses: Annotated[tuple[Loss, ...], Field(max_length=5)] = Field(
         default=(), description="The last of these losses, oldest first."
     )
+    spent: Spent | None = Field(default=None, description="Where the seconds of the attempt went so far.")
     failure: TrainerFailure | None = Field(default=None, description="Why the trainer gave up.")
     message: str | None = Field(default=None, max_length=1024, description="What is going on.")
     updated_at: Time = Field(description="When this was written.")

@@ -19,6 +19,7 @@ def _rfc3339(time: datetime) -> str:
 
 # Seconds precision, as metav1.Time.
 Time = Annotated[datetime, PlainSerializer(_rfc3339, return_type=str)]
+Seconds = Annotated[float, PlainSerializer(lambda seconds: round(seconds, 1), return_type=float)]
 Metrics = Annotated[dict[Annotated[str, Field(max_length=64)], float], Field(max_length=32)]
 
 
@@ -156,6 +157,29 @@ class Output(ApiModel):
     digest: str = Field(description="sha256:... of its manifest.json.")
 
 
+class Spent(ApiModel):
+    """Where the seconds of an attempt went."""
+
+    useful_seconds: Seconds = Field(
+        default=0.0, description="In steps, evaluations and export that count, up to now those not committed too."
+    )
+    uncommitted_seconds: Seconds = Field(
+        default=0.0, description="Of the useful ones, since the newest commit: what a loss now would throw away."
+    )
+    redone_seconds: Seconds = Field(
+        default=0.0, description="In steps that were thrown away, with the time until their loss was found."
+    )
+    blocked_seconds: Seconds = Field(default=0.0, description="Training stood still for saves.")
+    restart_seconds: Seconds = Field(
+        default=0.0, description="Starting and ending: imports, loading, restoring, up to the first step."
+    )
+
+    @property
+    def seconds(self) -> float:
+        """All of them."""
+        return self.useful_seconds + self.redone_seconds + self.blocked_seconds + self.restart_seconds
+
+
 class Loss(ApiModel):
     """Ranks that were lost and started again inside an attempt."""
 
@@ -186,17 +210,39 @@ class Attempt(ApiModel):
     losses: Annotated[tuple[Loss, ...], Field(max_length=5)] = Field(
         default=(), description="The last of these losses, oldest first."
     )
+    gpus: int | None = Field(default=None, description="GPUs of its pools.")
+    spent: Spent | None = Field(default=None, description="Where its seconds went.")
 
 
 class Usage(ApiModel):
-    """What the run used."""
+    """What the run used, over all attempts."""
 
     trained_seconds: float | None = Field(
         default=None, description="Seconds of all attempts that ended; what spec.deadlines.runSeconds bounds."
     )
-    gpu_seconds: float | None = Field(default=None, description="GPU seconds held.")
-    wasted_gpu_seconds: float | None = Field(default=None, description="Of these, on steps that were lost.")
-    goodput: float | None = Field(default=None, description="Share of the time that moved the run forward, 0 to 1.")
+    useful_seconds: float | None = Field(
+        default=None,
+        description="Seconds in steps, evaluations and export that count: up to the last commit of an attempt that ended, "
+        "up to now of one that runs.",
+    )
+    redone_seconds: float | None = Field(
+        default=None, description="Seconds in steps that were thrown away, with the time until their loss was found."
+    )
+    waiting_seconds: float | None = Field(
+        default=None,
+        description="Seconds without an attempt, of waits that are over: queue, nodes, images, backoff. "
+        "What is suspended or has failed does not wait.",
+    )
+    waiting_since: Time | None = Field(default=None, description="When the wait began that is not over.")
+    blocked_seconds: float | None = Field(default=None, description="Seconds in which training stood still for saves.")
+    restart_seconds: float | None = Field(
+        default=None, description="Seconds of starting and ending: imports, loading, restoring, up to the first step."
+    )
+    goodput: float | None = Field(default=None, description="Share of the useful seconds in all of these, 0 to 1.")
+    gpu_seconds: float | None = Field(
+        default=None, description="GPUs of the pools times the seconds of attempts. Waits are left out."
+    )
+    wasted_gpu_seconds: float | None = Field(default=None, description="Of these, those that were not useful.")
 
 
 class Logs(ApiModel):

@@ -20,7 +20,7 @@ from dsft_cli.devices import Machine, ranks_here, this_machine
 from dsft_cli.follow import follow, read_status, settle_status
 from dsft_cli.local_run import LocalRun, find_run, has_ended, is_running, job_for, runs_folder, trainer_environment
 from dsft_cli.output import Format, document, err, out, refuse
-from dsft_cli.view import View, checkpoint_line, size
+from dsft_cli.view import View, checkpoint_line, size, usage_line
 
 app = typer.Typer(
     help="Fine-tune models with DeepSpeed ZeRO-3 on Ray, from one DeepSpeedFineTune manifest.",
@@ -237,6 +237,8 @@ def _print_text(local: LocalRun, current: FineTuneStatus) -> None:
     if current.output is not None:
         table.add_row("output", f"{current.output.uri} ({size(current.output.bytes)})")
     table.add_row("attempts", str(len(current.attempts)))
+    if current.usage is not None:
+        table.add_row("goodput", usage_line(current.usage))
     table.add_row("status", str(local.status_file))
     out.print(table)
 

@@ -59,19 +59,20 @@ def _pass_signals_on(trainer: "subprocess.Popen[bytes]", view: View, job: Job) -
 
 def _watch(run: LocalRun, job: Job, trainer: "subprocess.Popen[bytes]", view: View) -> int:
     seen = -1
+    gpus = job.ranks.count if job.ranks.device == "cuda" else 0
     while True:
         code = trainer.poll()
         progress = read_progress(run)
         if progress is not None and progress.seq != seen and progress.attempt == job.attempt:
             seen = progress.seq
             view.show(progress)
-            write_status(run, _next_status(run, progress))
+            write_status(run, _next_status(run, progress, gpus=gpus))
         if code is not None:
             break
         time.sleep(POLL_SECONDS)
     # A process that a signal killed has a negative code, which is no exit code of ours.
     code = code if code >= 0 else int(ExitCode.OTHER)
-    write_status(run, _next_status(run, read_progress(run) or _silence(run, job), code))
+    write_status(run, _next_status(run, read_progress(run) or _silence(run, job), code, gpus=gpus))
     return code
 
 
@@ -91,18 +92,27 @@ def settle_status(run: LocalRun) -> None:
             code = ExitCode.INTERRUPTED
         case _:
             code = progress.failure.exit_code if progress.failure else ExitCode.OTHER
-    write_status(run, _next_status(run, progress, int(code)))
+    # Nobody knows when it ended: time in which nothing ran must not count.
+    write_status(run, _next_status(run, progress, int(code), now=progress.updated_at))
 
 
-def _next_status(run: LocalRun, progress: Progress, exit_code: int | None = None) -> FineTuneStatus:
+def _next_status(
+    run: LocalRun,
+    progress: Progress,
+    exit_code: int | None = None,
+    *,
+    now: datetime | None = None,
+    gpus: int | None = None,
+) -> FineTuneStatus:
     return status_of(
         progress,
         read_status(run),
         spec_hash=spec_hash(run.resource.spec),
         storage_prefix=run.storage_prefix,
         logs=run.log_file(progress.attempt).parent.as_uri(),
-        now=datetime.now(UTC),
+        now=now or datetime.now(UTC),
         exit_code=exit_code,
+        gpus=gpus,
     )
 
 

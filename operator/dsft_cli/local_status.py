@@ -6,6 +6,7 @@ The same words and conditions as on a cluster, so that a script that reads one r
 from collections.abc import Iterable
 from datetime import datetime
 
+from dsft_api import goodput
 from dsft_api.conditions import ConditionType, ExitCode, Phase, Reason
 from dsft_api.job import CONTRACT
 from dsft_api.progress import Progress
@@ -23,15 +24,18 @@ def status_of(
     logs: str,
     now: datetime,
     exit_code: int | None = None,
+    gpus: int | None = None,
 ) -> FineTuneStatus:
     """The status after a progress document; with `exit_code` once the trainer ended.
 
-    `previous` is the status before it, for times of transitions and earlier attempts.
+    `previous` is the status before it, for times of transitions and earlier attempts; `gpus` what the attempt has, where known.
     """
     phase = _phase(progress, exit_code)
     message = _message(progress, phase)
-    attempt = _attempt(progress, previous, now, exit_code)
-    earlier = tuple(a for a in (previous.attempts if previous else ()) if a.number != attempt.number)
+    known = previous.attempts if previous else ()
+    before = next((a for a in known if a.number == progress.attempt), _begun(progress, now, gpus))
+    attempt = _attempt(progress, before, now, exit_code)
+    earlier = tuple(a for a in known if a.number != attempt.number)
     ended = phase in (Phase.SUCCEEDED, Phase.FAILED)
     return FineTuneStatus(
         observed_generation=1,
@@ -46,6 +50,7 @@ def status_of(
         checkpoints=progress.checkpoints or (previous.checkpoints if previous else None),
         output=progress.output,
         attempts=(*earlier, attempt)[-MAX_ATTEMPTS:],
+        usage=goodput.added(previous.usage if previous else None, before, attempt),
         start_time=previous.start_time if previous and previous.start_time else attempt.start_time,
         completion_time=now if ended else None,
         logs=Logs(uri=logs),
@@ -80,22 +85,29 @@ def _message(progress: Progress, phase: Phase) -> str:
     return text[:4096]
 
 
-def _attempt(progress: Progress, previous: FineTuneStatus | None, now: datetime, exit_code: int | None) -> Attempt:
-    known = [a for a in (previous.attempts if previous else ()) if a.number == progress.attempt]
+def _begun(progress: Progress, now: datetime, gpus: int | None) -> Attempt:
+    return Attempt(number=progress.attempt, start_time=now, gpus=gpus or None)
+
+
+def _attempt(progress: Progress, before: Attempt, now: datetime, exit_code: int | None) -> Attempt:
     failure = progress.failure
-    return Attempt(
-        number=progress.attempt,
-        start_time=known[0].start_time if known else now,
-        end_time=None if exit_code is None else now,
-        # Later starts of the ranks go on from what the attempt committed itself.
-        from_step=known[0].from_step if known and progress.restarts else progress.from_step,
-        to_step=progress.progress.step if progress.progress else None,
-        failure_class=failure.failure_class if failure else None,
-        exit_code=exit_code,
-        message=failure.message[:1024] if failure else None,
-        restarts=progress.restarts or None,
-        losses=progress.losses,
+    after = before.model_copy(
+        update={
+            "end_time": None if exit_code is None else now,
+            # Later starts of the ranks go on from what the attempt committed itself.
+            "from_step": before.from_step if progress.restarts else progress.from_step,
+            "to_step": progress.progress.step if progress.progress else None,
+            "failure_class": failure.failure_class if failure else None,
+            "exit_code": exit_code,
+            "message": failure.message[:1024] if failure else None,
+            "restarts": progress.restarts or None,
+            "losses": progress.losses,
+            "spent": goodput.heard(before, progress),
+        }
     )
+    if exit_code is None:
+        return after
+    return after.model_copy(update={"spent": goodput.closed(after, now, succeeded=exit_code == ExitCode.OK)})
 
 
 def _conditions(

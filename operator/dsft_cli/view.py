@@ -14,7 +14,7 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 
 from dsft_api.progress import Progress, TrainerPhase
-from dsft_api.status import CheckpointRef, Checkpoints
+from dsft_api.status import CheckpointRef, Checkpoints, Usage
 
 LINE_SECONDS = 10.0
 
@@ -121,6 +121,21 @@ def size(count: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     raise AssertionError
+
+
+def usage_line(usage: Usage) -> str:
+    """Where the time of a run went, in words."""
+    parts = (
+        ("useful", usage.useful_seconds),
+        ("trained again or lost", usage.redone_seconds),
+        ("waiting", usage.waiting_seconds),
+        ("stopped for saves", usage.blocked_seconds),
+        ("starting", usage.restart_seconds),
+    )
+    text = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in parts if seconds)
+    share = f"{100 * usage.goodput:.0f} %: " if usage.goodput is not None else ""
+    hours, wasted = (usage.gpu_seconds or 0.0) / 3600, (usage.wasted_gpu_seconds or 0.0) / 3600
+    return share + text + (f"; {hours:.1f} GPU hours, {wasted:.1f} of them wasted" if usage.gpu_seconds else "")
 
 
 def _duration(seconds: float) -> str:

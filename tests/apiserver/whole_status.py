@@ -19,6 +19,7 @@ CHECKPOINT = {
     "metrics": {"loss": 1.25, "accuracy": 1},
     "digest": "sha256:0",
 }
+SPENT = {"usefulSeconds": 5.5, "uncommittedSeconds": 1, "redoneSeconds": 2, "blockedSeconds": 0.1, "restartSeconds": 7}
 WHOLE: dict[str, Any] = {
     "observedGeneration": 1,
     "phase": "Running",
@@ -38,12 +39,14 @@ WHOLE: dict[str, Any] = {
     "attempts": [
         {"number": 1, "incarnation": 1, "startTime": TIME, "endTime": TIME, "fromStep": 0, "toStep": 200}
         | {"class": "WorkerLost", "nodes": ["n1"], "exitCode": 1, "message": "a worker was lost"},
-        {"number": 2, "incarnation": 1, "startTime": TIME, "fromStep": 200, "nodes": ["n1"]}
+        {"number": 2, "incarnation": 1, "startTime": TIME, "fromStep": 200, "nodes": ["n1"], "gpus": 8, "spent": SPENT}
         | {"restarts": 1, "losses": [{"class": "Hang", "step": 205, "time": TIME, "message": "no step in 60 s"}]},
     ],
     "retries": 1,
     "retryToken": "again",
-    "usage": {"trainedSeconds": 5.5, "gpuSeconds": 10.5, "wastedGpuSeconds": 0.5, "goodput": 0.95},
+    "usage": {"trainedSeconds": 5.5, "gpuSeconds": 10.5, "wastedGpuSeconds": 0.5, "goodput": 0.95}
+    | {"usefulSeconds": 5.5, "redoneSeconds": 1, "waitingSeconds": 2, "waitingSince": TIME}
+    | {"blockedSeconds": 0.1, "restartSeconds": 7},
     "startTime": TIME,
     "completionTime": TIME,
     "logs": {"uri": "s3://b/p/logs"},

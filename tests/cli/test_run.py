@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +91,20 @@ class TestFinished:
         schema = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"]
         Draft4Validator(schema).validate(yaml.safe_load((run.path / "status.yaml").read_text())["status"])
 
+    def test_each_second_of_it_is_accounted_for(self, run: RunFolder) -> None:
+        usage, (attempt,) = run.status.usage, run.status.attempts
+        assert usage is not None
+        assert attempt.spent is not None
+        assert attempt.end_time is not None
+        parts = (usage.useful_seconds, usage.blocked_seconds, usage.restart_seconds)
+        assert all(parts), usage
+        assert (usage.redone_seconds, usage.waiting_seconds, usage.gpu_seconds) == (0, None, None)
+        # Times in the status are whole seconds.
+        whole = (attempt.end_time - attempt.start_time).total_seconds()
+        assert sum(part or 0.0 for part in parts) == pytest.approx(whole, abs=2)
+        assert attempt.spent.seconds == pytest.approx(whole, abs=2)
+        assert usage.goodput == pytest.approx((usage.useful_seconds or 0.0) / attempt.spent.seconds, abs=0.01)
+
     def test_the_last_checkpoints_and_the_best_one_are_kept(self, run: RunFolder) -> None:
         losses = run.values("eval", "loss")
         assert list(losses) == [20, 40, 60]
@@ -141,6 +156,7 @@ class TestFinished:
     def test_status_tells_of_it(self, run: RunFolder, dsft: Dsft, manifest: dict[str, Any]) -> None:
         text = dsft("status", "-f", dsft.write(manifest))
         assert "Succeeded (not running)" in text.out
+        assert re.search(r"goodput +\d+ %: useful ", text.out), text.out
         document = json.loads(dsft("status", "-f", dsft.write(manifest), "-o", "json").out)
         assert document["status"] == run.status.to_wire()
         assert document["running"] is False

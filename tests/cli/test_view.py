@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 from dsft_api.progress import Progress, TrainerPhase
-from dsft_api.status import CheckpointRef, Checkpoints, EvaluationStatus, ProgressStatus
-from dsft_cli.view import View, size
+from dsft_api.status import CheckpointRef, Checkpoints, EvaluationStatus, ProgressStatus, Usage
+from dsft_cli.view import View, size, usage_line
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -113,3 +113,11 @@ def test_slow_phases_say_what_they_do() -> None:
 )
 def test_sizes(count: int, words: str) -> None:
     assert size(count) == words
+
+
+def test_where_the_time_went_is_told_in_a_line() -> None:
+    usage = Usage(useful_seconds=3700, redone_seconds=61.4, waiting_seconds=0, restart_seconds=30, goodput=0.976)
+    line = "98 %: useful 1h01m, trained again or lost 1m01s, starting 0m30s"
+    assert usage_line(usage) == line
+    costs = usage.model_copy(update={"gpu_seconds": 36000, "wasted_gpu_seconds": 900})
+    assert usage_line(costs) == f"{line}; 10.0 GPU hours, 0.2 of them wasted"

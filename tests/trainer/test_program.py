@@ -1,7 +1,7 @@
 """spec.program: a function of the user's in place of the built-in training."""
 
 import sys
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -135,6 +135,19 @@ class TestProgress:
         told = reported(self.START, {"loss": float("nan")}, 7)
         assert told.progress is not None
         assert (told.progress.step, told.progress.loss, told.evaluation) == (7, None, None)
+
+    def test_until_its_first_report_it_starts_and_a_checkpoint_keeps_what_came_before_it(self) -> None:
+        start = self.START.model_copy(update={"updated_at": datetime.now(UTC) - timedelta(seconds=10)})
+        first = reported(start, {}, 1)
+        assert first.spent is not None
+        assert first.spent.restart_seconds == first.spent.seconds >= 10
+        trained = first.model_copy(update={"updated_at": first.updated_at - timedelta(seconds=5)})
+        second = reported(trained, {}, 2).spent
+        assert second is not None
+        assert second.uncommitted_seconds == second.useful_seconds >= 5
+        third = reported(trained, {}, 2, has_checkpoint=True).spent
+        assert third is not None
+        assert (third.useful_seconds >= 5, third.uncommitted_seconds) == (True, 0)
 
 
 def manifest(program: str, function: str, **config: object) -> Manifest:

@@ -1,13 +1,15 @@
-"""What rank 0 says in the log while it trains."""
+"""What rank 0 says in the log while it trains, and where it says that its time went."""
 
 import logging
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dsft_api.progress import Progress, TrainerPhase
-from dsft_api.status import CheckpointRef, Checkpoints, EvaluationStatus, ProgressStatus
+from dsft_api.status import CheckpointRef, Checkpoints, EvaluationStatus, ProgressStatus, Spent
+from dsft_trainer import progress as progress_module
 from dsft_trainer.checkpoint.store import open_store
 from dsft_trainer.progress import Reporter
 
@@ -30,3 +32,56 @@ def test_evaluations_commits_and_the_step_are_logged_once(tmp_path: Path, caplog
         "step 6: evaluation: accuracy 0.5",
         "step 6: committed s3://b/step-6",
     ]
+
+
+def test_each_second_is_charged_and_a_commit_holds_what_was_trained_before_its_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = 0
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: object = None) -> datetime:
+            return NOW + timedelta(seconds=seconds)
+
+    monkeypatch.setattr(progress_module, "datetime", Clock)
+    opening = Progress(
+        seq=0,
+        run_uid="u",
+        attempt=1,
+        phase=TrainerPhase.STARTING,
+        spent=Spent(useful_seconds=100, redone_seconds=50, restart_seconds=1),
+        updated_at=NOW,
+    )
+    reporter = Reporter(opening, lambda _: None, open_store(tmp_path.as_uri()))
+
+    def pass_time(more: int, **changes: Any) -> Spent | None:
+        nonlocal seconds
+        seconds += more
+        reporter.update(**changes)
+        return reporter.progress.spent
+
+    def at(step: int) -> ProgressStatus:
+        return ProgressStatus(step=step, total_steps=24)
+
+    def latest(step: int) -> Checkpoints:
+        return Checkpoints(
+            latest=CheckpointRef(uri="s3://b", step=step, world_size=2, bytes=1, time=NOW, digest="sha256:0")
+        )
+
+    pass_time(3, phase=TrainerPhase.LOADING)
+    # What the start went on from is nobody's save.
+    pass_time(7, phase=TrainerPhase.TRAINING, checkpoints=latest(2))
+    pass_time(20, progress=at(3))
+    pass_time(0, phase=TrainerPhase.SAVING)
+    pass_time(2, phase=TrainerPhase.TRAINING)
+    pass_time(10, progress=at(4))
+    pass_time(5, phase=TrainerPhase.EVALUATING)
+    # The next save begins before the one before it is told to have been committed.
+    pass_time(4, phase=TrainerPhase.SAVING)
+    spent = pass_time(1, phase=TrainerPhase.TRAINING, checkpoints=latest(3))
+    expected = {"useful_seconds": 139, "redone_seconds": 50, "blocked_seconds": 3, "restart_seconds": 11}
+    assert spent == Spent(**expected, uncommitted_seconds=19)
+    spent = pass_time(6, checkpoints=latest(4))
+    assert spent == Spent(**expected | {"useful_seconds": 145}, uncommitted_seconds=6)
+    reporter.close()

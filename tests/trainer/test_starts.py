@@ -1,12 +1,12 @@
 """Which losses are followed by another start of the ranks inside the attempt, and what is told of them."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from dsft_api.conditions import FailureClass
 from dsft_api.progress import Progress, TrainerPhase
-from dsft_api.status import ProgressStatus
+from dsft_api.status import ProgressStatus, Spent
 from dsft_trainer.errors import TrainerError
 from dsft_trainer.runtime.channel import Channel
 from dsft_trainer.runtime.ray_relay import Relay
@@ -73,6 +73,19 @@ def test_the_story() -> None:
     assert opening.message == story
     assert waiting(start, None) == f"starting the ranks again from the last commit ({story})"
     assert waiting(start, "waiting for nodes") == f"waiting for nodes ({story})"
+
+
+def test_what_was_not_committed_is_trained_again_and_the_time_until_the_loss_was_found_with_it() -> None:
+    spent = Spent(useful_seconds=50, uncommitted_seconds=20, redone_seconds=5, restart_seconds=8)
+    start = Start(1, None, OPENING).after(
+        TrainerError(FailureClass.HANG, "it hangs"),
+        TOLD.model_copy(update={"spent": spent}),
+        "3",
+        NOW + timedelta(seconds=90),
+        draining=False,
+    )
+    assert start is not None
+    assert start.opening.spent == Spent(useful_seconds=30, redone_seconds=115, restart_seconds=8)
 
 
 def test_many_losses_are_counted_and_the_last_are_kept() -> None:

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from pydantic import ValidationError
 
-from dsft_api import layout
+from dsft_api import goodput, layout
 from dsft_api.conditions import ExitCode, FailureClass
 from dsft_api.job import CONTRACT, JOB_ENV, Job
 from dsft_api.progress import TrainerPhase
@@ -258,8 +258,9 @@ def _stop_on_signals(channel: Channel, drain_seconds: int) -> None:
 
 def _record(job: Job, channel: Channel, **changes: Any) -> str:
     """Write the last document, here and in storage; what was written."""
-    progress = channel.progress() or starting(job)
-    progress = progress.model_copy(update={**changes, "seq": progress.seq + 1, "updated_at": datetime.now(UTC)})
+    told, now = channel.progress() or starting(job), datetime.now(UTC)
+    changes |= {"seq": told.seq + 1, "updated_at": now, "spent": goodput.charged(told, now)}
+    progress = told.model_copy(update=changes)
     text = progress.model_dump_json(by_alias=True, exclude_none=True)
     channel.publish(text)
     if progress.failure is not None and progress.failure.failure_class is FailureClass.STORAGE_DENIED:

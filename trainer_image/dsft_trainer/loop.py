@@ -186,8 +186,7 @@ class Trainer:
 
     def _save(self, step: int, metrics: dict[str, float]) -> None:
         """Copy the state; the rest is done while the next steps are."""
-        if self.saver.checkpointer.pending:
-            self.reporter.update(phase=TrainerPhase.SAVING)
+        self.reporter.update(now=self.saver.checkpointer.pending, phase=TrainerPhase.SAVING)
         self.requests.saved(step)
         self.saver.save(self.engine, self._point(step, metrics))
         self._saved()

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from dsft_api import goodput
 from dsft_api.job import Job
 from dsft_api.layout import PROGRESS_FILE
 from dsft_api.progress import Progress, TrainerPhase
-from dsft_api.status import CheckpointRef, ProgressStatus
+from dsft_api.status import CheckpointRef, ProgressStatus, Spent
 from dsft_trainer.checkpoint.store import Store
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ class Reporter:
         self._logged = 0.0
         self._changed = threading.Event()
         self._closed = False
+        # Of the saves that may still become commits: by their step, how many seconds had been useful when they began.
+        self._saves: dict[int, float] = {}
         self._thread = threading.Thread(target=self._write_to_storage, name="progress", daemon=True)
         self._thread.start()
 
@@ -46,12 +49,25 @@ class Reporter:
     def update(self, *, now: bool = True, **changes: Any) -> None:
         """Change fields of the document and pass it on; with `now=False` only if the last time is a while ago."""
         before = self._progress
-        self._progress = before.model_copy(update={**changes, "seq": before.seq + 1, "updated_at": datetime.now(UTC)})
+        after = before.model_copy(update={**changes, "seq": before.seq + 1, "updated_at": datetime.now(UTC)})
+        self._progress = after.model_copy(update={"spent": self._spent(before, after)})
         self._log(before)
         if now or time.monotonic() - self._published >= PUBLISH_SECONDS:
             self._published = time.monotonic()
             self._publish(self._progress.model_dump_json(by_alias=True, exclude_none=True))
             self._changed.set()
+
+    def _spent(self, before: Progress, after: Progress) -> Spent:
+        """The account of the attempt. A save holds what was trained until it began, from when it is a commit."""
+        spent = goodput.charged(before, after.updated_at)
+        if after.phase is TrainerPhase.SAVING and after.progress is not None:
+            self._saves.setdefault(after.progress.step, spent.useful_seconds)
+        latest = _latest(after)
+        if latest is None or latest.step not in self._saves:
+            return spent
+        useful = self._saves[latest.step]
+        self._saves = {step: seconds for step, seconds in self._saves.items() if step >= latest.step}
+        return goodput.committed(spent, useful)
 
     def _log(self, before: Progress) -> None:
         """For those who read the log: evaluations and commits, and where the training is, now and then."""

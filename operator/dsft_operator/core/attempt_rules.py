@@ -124,7 +124,7 @@ def over(seen: Observed, now: datetime, _config: OperatorConfig) -> Decision | N
     told = _told(seen, job, progress)
     if progress is not None and progress.phase is TrainerPhase.SUCCEEDED:
         after = run.status.model_copy(update=told)
-        told |= attempts.ended(after, spec, _end(job, now), None)
+        told |= attempts.ended(after, _end(job, now), None)
         message = f"done: {progress.output.uri}" if progress.output else "done"
         facts = _facts(run.status, told)
         wish = report(run, now, Phase.SUCCEEDED, Reason.SUCCEEDED, message, facts, completion_time=now, **told)
@@ -172,7 +172,7 @@ def again(seen: Observed, now: datetime, cause: Cause, *actions: Action) -> Deci
     cause = with_evidence(cause, seen)
     job = seen.job if isinstance(seen.job, RayJob) else None
     changes = _told(seen, job, report_of(seen))
-    changes |= attempts.ended(status.model_copy(update=changes), spec, _end(job, now), cause)
+    changes |= attempts.ended(status.model_copy(update=changes), _end(job, now), cause)
     retries, limit = changes.get("retries") or 0, spec.retry.limit if spec is not None else 0
     fact = Fact(value=False, reason=cause.failure_class, message=cause.message)
     facts = _heard(status, changes) if job is not None else {ConditionType.JOB_SUBMITTED: fact}
@@ -218,7 +218,7 @@ def _intent(seen: Observed, now: datetime, config: OperatorConfig) -> Decision:
         wish = report(run, now, Phase.PENDING, Reason.RESTARTING, message, {ConditionType.CLUSTER_READY: _READY})
         return Decision(status=wish, requeue_after=(start - now).total_seconds())
     nodes = tuple(sorted({pod.node for pod in seen.pods if pod.role == "worker" and pod.node}))
-    changes = attempts.begun(status, run.uid, seen.head.session, now, nodes)
+    changes = attempts.begun(status, run.uid, seen.head.session, now, nodes, spec.gpus)
     changes["spec_hash"] = status.spec_hash if status.attempt else run.identity
     changes["retry_token"] = spec.retry.token or status.retry_token
     image = next((pod.image_id for pod in seen.pods if pod.image_id), None)

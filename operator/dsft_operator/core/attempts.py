@@ -3,10 +3,10 @@
 from datetime import datetime, timedelta
 from typing import Any
 
+from dsft_api import goodput
 from dsft_api.conditions import FailureClass
 from dsft_api.progress import Progress
-from dsft_api.spec import FineTuneSpec
-from dsft_api.status import Attempt, FineTuneStatus, JobStatus, RayClusterStatus, Resolved, Usage
+from dsft_api.status import Attempt, FineTuneStatus, JobStatus, RayClusterStatus, Resolved
 from dsft_operator.core.failures import Cause
 from dsft_operator.core.naming import submission_id
 
@@ -22,7 +22,9 @@ def active(status: FineTuneStatus) -> Attempt | None:
     return last if last is not None and last.end_time is None else None
 
 
-def begun(status: FineTuneStatus, uid: str, session: str, now: datetime, nodes: tuple[str, ...]) -> dict[str, Any]:
+def begun(
+    status: FineTuneStatus, uid: str, session: str, now: datetime, nodes: tuple[str, ...], gpus: int
+) -> dict[str, Any]:
     """Changes of status that state the next attempt's intent: its number, submission id and session."""
     number = (status.attempt or 0) + 1
     cluster = status.ray_cluster or RayClusterStatus(name="")
@@ -33,6 +35,7 @@ def begun(status: FineTuneStatus, uid: str, session: str, now: datetime, nodes: 
         # Until the trainer tells: what it starts from counts as no progress, even if it never says a word.
         from_step=_committed(status),
         nodes=nodes[:MAX_NODES],
+        gpus=gpus or None,
     )
     return {
         "attempt": number,
@@ -52,7 +55,8 @@ def followed(status: FineTuneStatus, progress: Progress | None) -> dict[str, Any
         # Later groups of the attempt start from what it committed itself. A driver that died early names no step.
         steps["from_step"] = max(progress.from_step, status.attempts[-1].from_step)
     steps |= {"restarts": progress.restarts, "losses": progress.losses} if progress.restarts else {}
-    last = status.attempts[-1].model_copy(update=steps)
+    before = status.attempts[-1]
+    last = before.model_copy(update=steps | {"spent": goodput.heard(before, progress)})
     told = progress.checkpoints
     changes = {
         "progress": progress.progress,
@@ -64,7 +68,8 @@ def followed(status: FineTuneStatus, progress: Progress | None) -> dict[str, Any
         "resolved": pinned(status, progress),
     }
     return {name: value for name, value in changes.items() if value is not None} | {
-        "attempts": (*status.attempts[:-1], last)
+        "attempts": (*status.attempts[:-1], last),
+        "usage": goodput.added(status.usage, before, last),
     }
 
 
@@ -75,9 +80,7 @@ def pinned(status: FineTuneStatus, progress: Progress) -> Resolved:
     return known.model_copy(update=found | known.model_dump(include=set(found), exclude_none=True))
 
 
-def ended(
-    status: FineTuneStatus, spec: FineTuneSpec | None, now: datetime, cause: Cause | None, *, counted: bool = True
-) -> dict[str, Any]:
+def ended(status: FineTuneStatus, now: datetime, cause: Cause | None, *, counted: bool = True) -> dict[str, Any]:
     """Changes of status that close the active attempt, and count it if it failed without a new commit."""
     last = active(status)
     if last is None:
@@ -89,22 +92,21 @@ def ended(
             "failure_class": cause.failure_class if cause else None,
             "exit_code": cause.exit_code if cause else 0,
             "message": str(cause)[:1024] if cause else None,
+            "spent": goodput.closed(last, end, succeeded=cause is None),
         }
     )
     attempts = (*status.attempts[:-1], closed)
     before = status.retries or 0
     retries = 0 if cause is None or _committed(status) > last.from_step else before + counted
-    usage = status.usage or Usage()
-    seconds = (end - last.start_time).total_seconds()
-    used: dict[str, Any] = {"trained_seconds": round((usage.trained_seconds or 0.0) + seconds, 1)}
-    if spec is not None and spec.gpus:
-        used["gpu_seconds"] = round((usage.gpu_seconds or 0.0) + spec.gpus * seconds, 1)
-    return {"attempts": attempts, "retries": retries, "usage": usage.model_copy(update=used)}
+    usage = goodput.added(status.usage, last, closed)
+    seconds = (usage.trained_seconds or 0.0) + (end - last.start_time).total_seconds()
+    usage = usage.model_copy(update={"trained_seconds": round(seconds, 1)})
+    return {"attempts": attempts, "retries": retries, "usage": usage}
 
 
-def lost(status: FineTuneStatus, spec: FineTuneSpec | None, now: datetime, message: str) -> dict[str, Any]:
+def lost(status: FineTuneStatus, now: datetime, message: str) -> dict[str, Any]:
     """Changes of status where the RayCluster is gone, and the attempt and its submission with it."""
-    return ended(status, spec, now, Cause(FailureClass.HEAD_LOST, message)) | {"job": None}
+    return ended(status, now, Cause(FailureClass.HEAD_LOST, message)) | {"job": None}
 
 
 def trained_seconds(status: FineTuneStatus, now: datetime) -> float:

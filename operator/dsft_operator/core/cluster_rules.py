@@ -36,7 +36,7 @@ def missing(seen: Observed, now: datetime, config: OperatorConfig) -> Decision |
     if known is not None and known.uid is not None:
         number = known.incarnation + 1
         name = naming.cluster_name(run.name, run.uid, number)
-        changes = attempts.lost(status, spec, now, "the RayCluster was deleted")
+        changes = attempts.lost(status, now, "the RayCluster was deleted")
         changes["ray_cluster"] = RayClusterStatus(name=name, incarnation=number)
         message = f"making RayCluster {name}"
         wish = report(run, now, Phase.PENDING, Reason.RESTARTING, message, _NO_CLUSTER, **changes)
@@ -66,7 +66,7 @@ def going(seen: Observed, now: datetime, _config: OperatorConfig) -> Decision | 
     """A RayCluster of ours is being deleted: its attempt is over, and the next cluster waits for its pods to go."""
     if not isinstance(seen.cluster, Cluster) or not seen.cluster.deleting:
         return None
-    changes = attempts.lost(seen.run.status, _spec(seen), now, "the RayCluster was deleted")
+    changes = attempts.lost(seen.run.status, now, "the RayCluster was deleted")
     message = f"waiting until RayCluster {seen.cluster.name} is gone"
     return Decision(
         status=report(seen.run, now, Phase.PENDING, Reason.RESTARTING, message, _NO_CLUSTER, **changes),
@@ -190,7 +190,7 @@ def failed(
 ) -> Decision:
     """The end of a run that cannot go on by itself; `finished` frees the nodes."""
     status = seen.run.status.model_copy(update=changes)
-    changes |= attempts.ended(status, seen.run.spec, now, cause)
+    changes |= attempts.ended(status, now, cause)
     kind, message = cause.failure_class, str(cause)
     wish = report(seen.run, now, Phase.FAILED, kind, message, facts, completion_time=now, **changes)
     return Decision(status=wish, requeue_after=0)

@@ -80,7 +80,7 @@ def refused(seen: Observed, now: datetime, config: OperatorConfig) -> Decision |
         )
     unsupported = all(problem.reason is Reason.NOT_SUPPORTED for problem in run.problems)
     reason = Reason.NOT_SUPPORTED if unsupported else Reason.INVALID
-    changes = attempts.lost(run.status, run.spec, now, "the RayCluster is gone")
+    changes = attempts.lost(run.status, now, "the RayCluster is gone")
     actions = () if cluster is None else (DeleteCluster(cluster.name, cluster.uid),)
     wish = report(run, now, Phase.FAILED, reason, message, **changes)
     return Decision(actions, wish, None if seen.cluster is None else SOON)
@@ -107,7 +107,7 @@ def suspended(seen: Observed, now: datetime, _config: OperatorConfig) -> Decisio
         return None
     gone: dict[ConditionType, Fact | None] = {ConditionType.CLUSTER_READY: None, ConditionType.JOB_SUBMITTED: None}
     if not _is_ours(seen):
-        changes = attempts.ended(status, spec, now, _interruption(seen), counted=False)
+        changes = attempts.ended(status, now, _interruption(seen), counted=False)
         message = "the nodes are free; set spec.suspend to false to go on from the last commit"
         return Decision(status=report(run, now, Phase.SUSPENDED, Reason.SUSPENDED, message, gone, job=None, **changes))
     cluster = live_cluster(seen)
@@ -120,7 +120,7 @@ def suspended(seen: Observed, now: datetime, _config: OperatorConfig) -> Decisio
         return Decision((StopJob(status.job.submission_id),), wish, SOON)
     changes = attempts.followed(status, report_of(seen)) if attempts.active(status) else {}
     told = status.model_copy(update=changes)
-    changes |= attempts.ended(told, spec, now, _interruption(seen), counted=False)
+    changes |= attempts.ended(told, now, _interruption(seen), counted=False)
     wish = report(run, now, Phase.SUSPENDING, Reason.SUSPENDED, message, **changes)
     actions = () if cluster is None else (DeleteCluster(cluster.name, cluster.uid),)
     return Decision(actions, wish, SOON)
@@ -135,7 +135,7 @@ def name_taken(seen: Observed, now: datetime, config: OperatorConfig) -> Decisio
         "remove it, or give this resource another name"
     )
     fact = Fact(value=False, reason=Reason.NAME_CONFLICT, message=message)
-    changes = attempts.lost(seen.run.status, seen.run.spec, now, "the RayCluster is gone")
+    changes = attempts.lost(seen.run.status, now, "the RayCluster is gone")
     wish = report(seen.run, now, Phase.PENDING, fact.reason, message, {ConditionType.CLUSTER_READY: fact}, **changes)
     return Decision(status=wish, requeue_after=config.intervals.queued_seconds)
 

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from dsft_api.conditions import ConditionType, Phase, Reason
+from dsft_api.goodput import waited
 from dsft_api.status import Condition, FineTuneStatus
 from dsft_operator.core.observed import Run
 
@@ -69,7 +70,7 @@ def report(
             kept.pop(kind, None)
         else:
             kept[kind] = _condition(kept.get(kind), kind, fact, now, run.generation)
-    return old.model_copy(
+    after = old.model_copy(
         update={
             "observed_generation": run.generation,
             "phase": phase,
@@ -79,6 +80,7 @@ def report(
             **changes,
         }
     )
+    return waited(old, after, now)
 
 
 def acknowledged(run: Run, now: datetime, **changes: Any) -> FineTuneStatus:

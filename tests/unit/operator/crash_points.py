@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from dsft_api.conditions import ConditionType, FailureClass
-from dsft_api.status import FineTuneStatus
+from dsft_api.status import FineTuneStatus, Usage
 from tests.unit.operator.simulated import AT_EACH_CALL, SILENCE, Point, Simulation, Way, points
+from tests.unit.operator.situations import NOW
 from tests.unit.operator.stories import Story
 from tests.unit.operator.world import World, outcome, without_times
 
 POINTS = "crash points"
 """The property of a test's report that has the count."""
+SLACK_SECONDS = 10
 
 
 def recorded(story: Story) -> Simulation:
@@ -55,6 +57,7 @@ def problems(story: Story, undisturbed: Simulation, point: Point) -> Iterator[st
         assert run.calls[: point.at] == undisturbed.calls[: point.at], "not the same run up to the point"
     assert run.restarts == (point.way in (Way.DIES_BEFORE, Way.DIES_AFTER))
     yield from remains(run)
+    yield from miscounted(story, run)
     one, other = run.world, undisturbed.world
     if one.gone or other.gone:
         if one.gone != other.gone:
@@ -73,6 +76,32 @@ def problems(story: Story, undisturbed: Simulation, point: Point) -> Iterator[st
     if one.made > other.made:
         yield f"made {one.made} clusters"
     yield from differences("status", plain(without_times(one.seen_status)), plain(without_times(other.seen_status)))
+
+
+def miscounted(story: Story, run: Simulation) -> Iterator[str]:
+    """Seconds that status.usage counts twice, or leaves out of a run in which no user let time pass."""
+    status = run.world.seen_status
+    if not status.attempts or status.attempts[-1].end_time is None or run.world.gone:
+        return
+    seconds, all_ = counted(status), whole(status)
+    # A read that is late may say of what has ended that it has not; one that dies before its first write comes back after 7 s.
+    slack = SLACK_SECONDS + len(status.attempts)
+    if seconds > all_ + slack or (not story.pauses and seconds < all_ - slack):
+        yield f"usage counts {seconds:.0f} of {all_:.0f} s"
+
+
+def counted(status: FineTuneStatus) -> float:
+    """All seconds of status.usage."""
+    usage = status.usage or Usage()
+    parts = (usage.useful_seconds, usage.redone_seconds, usage.waiting_seconds, usage.blocked_seconds)
+    return sum(part or 0.0 for part in (*parts, usage.restart_seconds))
+
+
+def whole(status: FineTuneStatus) -> float:
+    """Seconds from the first moment to the end of the last attempt. That the operator saw this end later does not count."""
+    end = status.attempts[-1].end_time
+    assert end is not None
+    return (end - NOW).total_seconds()
 
 
 def interrupt(story: Story, meanwhile: Callable[[World], None]) -> Counter[Way]:

@@ -31,6 +31,7 @@ class Story:
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
     submissions: int = 1
     clusters: int = 1
+    pauses: bool = False  # a user lets time pass that is none of the run's
 
     @property
     def is_cut_off(self) -> bool:
@@ -202,11 +203,13 @@ FAILURES: dict[str, Story] = {
     "deleted with its Secret": Story(user=gone_with_its_secret, clusters=2),
 }
 USERS: dict[str, Story] = {
-    "a new retry.token": Story(user=new_token, facts={"fails_with": "DataInvalid"}, submissions=2, clusters=2),
+    "a new retry.token": Story(
+        user=new_token, facts={"fails_with": "DataInvalid"}, submissions=2, clusters=2, pauses=True
+    ),
     "a checkpoint is asked for": Story(user=asks),
     "suspended": Story(Phase.SUSPENDED, user=suspends),
-    "suspended and resumed": Story(user=resumes, submissions=2, clusters=2),
-    "resumed with other pools": Story(user=resumes_with_other_pools, submissions=2, clusters=2),
+    "suspended and resumed": Story(user=resumes, submissions=2, clusters=2, pauses=True),
+    "resumed with other pools": Story(user=resumes_with_other_pools, submissions=2, clusters=2, pauses=True),
     "an invalid spec is mended": Story(spec={"nodePools": []}, user=is_mended),
     **{f"deleted while {at}": deleted(at) for at in Phase},
 }

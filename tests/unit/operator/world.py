@@ -585,7 +585,12 @@ def replace_status(status: FineTuneStatus, **changes: Any) -> FineTuneStatus:
     timeless = dict.fromkeys(("start_time", "completion_time", "phase_time"), NOW)
     attempts = tuple(
         a.model_copy(
-            update={"start_time": NOW, "end_time": NOW, "message": _SILENCE.sub("for N s ->", a.message or "")}
+            update={
+                "start_time": NOW,
+                "end_time": NOW,
+                "spent": None,
+                "message": _SILENCE.sub("for N s ->", a.message or ""),
+            }
         )
         for a in status.attempts
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 from ray.train import UserCallback
 
+from dsft_api import goodput
 from dsft_api.job import Job
 from dsft_api.progress import Progress, TrainerPhase
 from dsft_api.status import EvaluationStatus, ProgressStatus
@@ -49,8 +50,9 @@ def program_main(config: dict[str, Any]) -> None:
 
 def begun(opening: Progress) -> Progress:
     """What is told until the program reports, which may be hours."""
+    now = datetime.now(UTC)
     changes = {"seq": opening.seq + 1, "phase": TrainerPhase.TRAINING, "message": "the program runs"}
-    return opening.model_copy(update=changes | {"updated_at": datetime.now(UTC)})
+    return opening.model_copy(update=changes | {"updated_at": now, "spent": goodput.charged(opening, now)})
 
 
 class ProgramProgress(UserCallback):
@@ -66,16 +68,20 @@ class ProgramProgress(UserCallback):
         self,
         run_context: object,  # noqa: ARG002
         metrics: list[dict[str, Any]],
-        checkpoint: object,  # noqa: ARG002
+        checkpoint: object,
     ) -> None:
         """All ranks reported: rank 0's numbers count."""
         self._reports += 1
-        self._progress = reported(self._progress, metrics[0] if metrics else {}, self._reports)
+        numbers = metrics[0] if metrics else {}
+        self._progress = reported(self._progress, numbers, self._reports, has_checkpoint=checkpoint is not None)
         self._relay.publish.remote(self._start, self._progress.model_dump_json(by_alias=True, exclude_none=True))
 
 
-def reported(progress: Progress, metrics: Mapping[str, Any], reports: int) -> Progress:
-    """The document after a report. Without a metric `step`, the number of reports stands for it."""
+def reported(progress: Progress, metrics: Mapping[str, Any], reports: int, *, has_checkpoint: bool = False) -> Progress:
+    """The document after a report. Without a metric `step`, the number of reports stands for it.
+
+    Of a program nobody knows when it makes its first step: until its first report it starts.
+    """
     now = datetime.now(UTC)
     numbers = {name: number for name, value in metrics.items() if (number := _finite(value)) is not None}
     step = int(numbers.pop("step", reports))
@@ -88,6 +94,7 @@ def reported(progress: Progress, metrics: Mapping[str, Any], reports: int) -> Pr
         updated_at=now,
         **known,
     )
+    spent = goodput.charged(progress, now)
     others = {name[:64]: value for name, value in list(numbers.items())[:_MAX_METRICS]}
     changes: dict[str, Any] = {"evaluation": EvaluationStatus(step=step, metrics=others)} if others else {}
     return progress.model_copy(
@@ -96,6 +103,7 @@ def reported(progress: Progress, metrics: Mapping[str, Any], reports: int) -> Pr
             "seq": progress.seq + 1,
             "phase": TrainerPhase.TRAINING,
             "progress": status,
+            "spent": goodput.committed(spent, spent.useful_seconds) if has_checkpoint else spent,
             "updated_at": now,
         }
     )

@@ -7,6 +7,7 @@ ends them, and a loss that comes again before there was a commit, ends the attem
 from dataclasses import dataclass
 from datetime import datetime
 
+from dsft_api import goodput
 from dsft_api.conditions import FailureClass
 from dsft_api.progress import Progress, TrainerPhase
 from dsft_api.status import Loss
@@ -48,6 +49,7 @@ def _reopened(told: Progress, failure: TrainerError, now: datetime) -> Progress:
             "phase": TrainerPhase.STARTING,
             "restarts": told.restarts + 1,
             "losses": (*told.losses, loss)[-KEPT_LOSSES:],
+            "spent": goodput.thrown_away(goodput.charged(told, now)),
             "failure": None,
             "message": story(loss),
             "updated_at": now,
