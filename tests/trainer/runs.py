@@ -22,7 +22,7 @@ from dsft_api.manifest import parse
 from dsft_api.progress import Progress
 from dsft_cli.local_run import LocalRun, find_run
 from dsft_trainer.checkpoint.commits import COMMIT_FILE, Claim, ClaimId, Commit, parse_name
-from dsft_trainer.checkpoint.listing import read_claims
+from dsft_trainer.checkpoint.listing import read_claims, read_commits
 from dsft_trainer.checkpoint.store import Store, open_store
 from dsft_trainer.runtime.channel import Channel
 
@@ -165,8 +165,8 @@ class Run:
         return {e.key: hashlib.sha256(self.store.get_bytes(e.key) or b"").hexdigest() for e in entries}
 
     def assert_commits_whole(self) -> None:
-        """Every checkpoint that has a COMMIT.json has every file it lists, bit for bit. Also while the run goes on."""
-        for name in (name for name, committed in self.checkpoints().items() if committed):
+        """Every commit that counts has every file it lists, bit for bit. Also while the run goes on."""
+        for name in (commit.name for commit in read_commits(self.store)):
             fault = self._fault_of(name)
             # Retention takes COMMIT.json away before anything else.
             assert not fault or self.store.get_bytes(f"{CHECKPOINTS}/{name}/{COMMIT_FILE}") is None, fault

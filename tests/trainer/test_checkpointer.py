@@ -280,6 +280,37 @@ def test_a_zombie_that_commits_in_the_last_moment_is_not_read(store: Store, tmp_
     assert folders(store) == {"step-00000003-a1.g1"}
 
 
+def test_a_zombie_whose_commit_was_on_its_way_lets_nothing_go(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the zombie step 9 is the best, so it would let step 3 go, which is its successor's best."""
+    retention = Retention(1, 1, "loss", larger_is_better=False)
+    zombie = Start(store, tmp_path / "zombie", retention=retention)
+    zombie.begin(1)
+    zombie.save(3, loss=0.5)
+    zombie.save(6, loss=0.9)
+    successor = Start(store, tmp_path / "scratch", retention=retention)
+    put_bytes = store.put_bytes
+
+    def put_after_the_thaw(key: str, data: bytes, **condition: bool) -> bool:
+        if key == "checkpoints/step-00000009-a1.g1/COMMIT.json":
+            assert successor.begin(2) == 6
+            successor.save(9, loss=0.7)
+        return put_bytes(key, data, **condition)
+
+    monkeypatch.setattr(store, "put_bytes", put_after_the_thaw)
+    with pytest.raises(TrainerError, match=r"a2\.g1 has taken this run over from a1\.g1"):
+        zombie.save(9, loss=0.1)
+    assert {"step-00000009-a1.g1", "step-00000009-a2.g1"} <= folders(store)
+    assert [commit.name for commit in read_commits(store)] == ["step-00000003-a1.g1", "step-00000009-a2.g1"]
+
+
+def test_ranks_that_a_superseded_attempt_starts_again_end_at_once(store: Store, tmp_path: Path) -> None:
+    Start(store, tmp_path / "scratch").begin(2)
+    with pytest.raises(TrainerError, match=r"a2\.g1 has taken this run over from a1\.g1"):
+        Start(store, tmp_path / "zombie").begin(1)
+
+
 @pytest.mark.parametrize("folder", ["checkpoints/step-00000009-a5.g1", "universal/a5.g1"])
 def test_a_start_that_froze_after_its_claim_sweeps_nothing_of_its_successors(
     store: Store, tmp_path: Path, folder: str

@@ -1,25 +1,48 @@
-"""What rank 0 says in the log while it trains, and where it says that its time went."""
+"""What rank 0 says while it trains, in the log and in storage, and where it says that its time went."""
 
 import logging
+import queue
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dsft_api.conditions import FailureClass
 from dsft_api.progress import Progress, TrainerPhase
 from dsft_api.status import CheckpointRef, Checkpoints, EvaluationStatus, ProgressStatus, Spent
 from dsft_trainer import progress as progress_module
+from dsft_trainer.checkpoint.listing import make_claim
 from dsft_trainer.checkpoint.store import open_store
+from dsft_trainer.errors import TrainerError
 from dsft_trainer.progress import Reporter
+from tests.trainer.runs import wait_until
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
+FIRST = Progress(seq=0, run_uid="u", attempt=1, phase=TrainerPhase.STARTING, updated_at=NOW)
+
+
+def test_who_was_superseded_is_told_so_and_overwrites_nothing(tmp_path: Path) -> None:
+    store = open_store(tmp_path.as_uri())
+    make_claim(store, 1, None, 1)
+    told: queue.Queue[TrainerError] = queue.Queue()
+    reporter = Reporter(FIRST, lambda _: None, store, told.put)
+    reporter.update(message="alone")
+    wait_until(lambda: "alone" in str(store.get_bytes("progress.json")), "the first document", 30)
+    make_claim(store, 2, None, 1)
+    store.put_bytes("progress.json", b"of attempt 2")
+    reporter.close()
+    error = told.get(timeout=30)
+    assert error.failure_class is FailureClass.HEAD_LOST
+    assert "a2.g1 has taken this run over from a1.g1" in error.message
+    assert store.get_bytes("progress.json") == b"of attempt 2"
+
+
 def test_evaluations_commits_and_the_step_are_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "dsft_trainer.progress")
-    first = Progress(seq=0, run_uid="u", attempt=1, phase=TrainerPhase.STARTING, updated_at=NOW)
-    reporter = Reporter(first, lambda _: None, open_store(tmp_path.as_uri()))
+    reporter = Reporter(FIRST, lambda _: None, open_store(tmp_path.as_uri()))
     step = ProgressStatus(step=6, total_steps=24, loss=0.25)
     latest = CheckpointRef(uri="s3://b/step-6", step=6, world_size=2, bytes=1, time=NOW, digest="sha256:0")
     for _ in range(2):

@@ -28,7 +28,7 @@ from dsft_api.conditions import ExitCode, FailureClass
 from dsft_api.job import CONTRACT, JOB_ENV, Job
 from dsft_api.progress import TrainerPhase
 from dsft_api.status import Inputs
-from dsft_trainer.checkpoint.listing import make_claim
+from dsft_trainer.checkpoint.listing import claimed_ids, make_claim
 from dsft_trainer.checkpoint.store import store_of
 from dsft_trainer.drain import RAY_ADDRESS_ENV, drain, save
 from dsft_trainer.errors import TrainerError, failure_of
@@ -266,7 +266,10 @@ def _record(job: Job, channel: Channel, **changes: Any) -> str:
     if progress.failure is not None and progress.failure.failure_class is FailureClass.STORAGE_DENIED:
         return text
     try:
-        store_of(job).put_bytes(layout.PROGRESS_FILE, text.encode())
+        store = store_of(job)
+        newest = max(claimed_ids(store), default=None)
+        if newest is None or newest.attempt <= job.attempt:
+            store.put_bytes(layout.PROGRESS_FILE, text.encode())
     except Exception as error:  # noqa: BLE001  what became of the run is what matters
         log.warning("progress.json could not be written: %s", error)
     return text

@@ -2,6 +2,9 @@
 
 Training never waits for it: the launcher takes the newest document without blocking, and storage is written by a thread that
 counts its errors and goes on. Both are throttled, but a new phase, a commit or an evaluation is told at once.
+
+That thread also looks, before it writes, whether another start has taken the run over: then it says so instead, and this one
+ends.
 """
 
 import logging
@@ -16,7 +19,10 @@ from dsft_api.job import Job
 from dsft_api.layout import PROGRESS_FILE
 from dsft_api.progress import Progress, TrainerPhase
 from dsft_api.status import CheckpointRef, ProgressStatus, Spent
+from dsft_trainer.checkpoint.commits import ClaimId
+from dsft_trainer.checkpoint.listing import superseding, taken_over
 from dsft_trainer.checkpoint.store import Store
+from dsft_trainer.errors import TrainerError
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +34,18 @@ LOG_SECONDS = 10.0
 class Reporter:
     """The progress of one group start. Only rank 0 has a real one; see `SilentReporter`."""
 
-    def __init__(self, progress: Progress, publish: Callable[[str], None], store: Store) -> None:
+    def __init__(
+        self,
+        progress: Progress,
+        publish: Callable[[str], None],
+        store: Store,
+        superseded: Callable[[TrainerError], None] = lambda _error: None,
+    ) -> None:
+        """`superseded` is called from a thread, once, and may end the process."""
         self._progress = progress
         self._publish = publish
         self._store = store
+        self._superseded = superseded
         self._published = 0.0
         self._logged = 0.0
         self._changed = threading.Event()
@@ -90,22 +104,32 @@ class Reporter:
 
     def _write_to_storage(self) -> None:
         while not self._closed:
-            self._changed.wait()
+            # A start that writes nothing new looks as well: it may hang.
+            self._changed.wait(STORE_SECONDS)
             self._changed.clear()
-            self._put()
+            if not self._put():
+                return
             # Throttle, but do not sleep through the end.
             deadline = time.monotonic() + STORE_SECONDS
             while not self._closed and time.monotonic() < deadline:
                 time.sleep(0.1)
         self._put()
 
-    def _put(self) -> None:
+    def _put(self) -> bool:
+        """Write the document, unless another start has taken the run over; whether none has."""
+        document = self._progress
+        mine = ClaimId(attempt=document.attempt, group=document.group)
         try:
-            self._store.put_bytes(
-                PROGRESS_FILE, self._progress.model_dump_json(by_alias=True, exclude_none=True, indent=1).encode()
-            )
+            newer = superseding(self._store, mine)
+            if newer is None:
+                text = document.model_dump_json(by_alias=True, exclude_none=True, indent=1)
+                self._store.put_bytes(PROGRESS_FILE, text.encode())
+                return True
         except Exception as error:  # noqa: BLE001  progress is a courtesy: the run must not die of it
             log.warning("progress.json could not be written: %s", error)
+            return True
+        self._superseded(taken_over(mine, newer))
+        return False
 
 
 def _latest(progress: Progress) -> CheckpointRef | None:

@@ -110,8 +110,16 @@ class _Attempt:
         self.beat = beat
         self.store: Store = store_of(job)
         self.reporter: Reporter | SilentReporter = (
-            Reporter(runtime.opening, runtime.publish, self.store) if self.place.is_first else SilentReporter()
+            Reporter(runtime.opening, runtime.publish, self.store, self._superseded)
+            if self.place.is_first
+            else SilentReporter()
         )
+
+    def _superseded(self, error: TrainerError) -> None:
+        """End at once: there is nothing to save, and the loop may hang or be far from its next commit."""
+        log.error("%s", error)
+        self.runtime.fail(error.report(self.place.rank))
+        os._exit(error.exit_code)
 
     def run(self) -> Outcome:
         try:
@@ -332,6 +340,8 @@ class _Attempt:
         """Export, then write RESULT.json: the run is over when it exists."""
         last = checkpointer.commits[-1]
         output: Output | None = None
+        # Whoever claims the run from here on starts from this last commit, and exports the same.
+        collectives.on_first(self.place.is_first, checkpointer.check_claim)
         if self.spec.export.format != "none":
             self.reporter.update(phase=TrainerPhase.EXPORTING, message="exporting the model")
             output = export(
@@ -346,6 +356,7 @@ class _Attempt:
                 is_first=self.place.is_first,
             )
         if isinstance(self.reporter, Reporter):
+            checkpointer.check_claim()
             evaluation = EvaluationStatus(step=last.step, metrics=last.metrics) if last.metrics else None
             self.reporter.update(
                 phase=TrainerPhase.SUCCEEDED,

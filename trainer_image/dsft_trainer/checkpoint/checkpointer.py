@@ -37,7 +37,7 @@ from dsft_trainer.checkpoint.commits import (
     parse_name,
     superfluous,
 )
-from dsft_trainer.checkpoint.listing import Retention, make_claim, manifest, read_claims, references
+from dsft_trainer.checkpoint.listing import Retention, claimed_ids, make_claim, manifest, references, taken_over
 from dsft_trainer.checkpoint.restore import Loading, Restorer
 from dsft_trainer.checkpoint.store import Store
 from dsft_trainer.errors import TrainerError
@@ -124,6 +124,9 @@ class Checkpointer:
         """Find what to go on from (see `Restorer.find`), and claim a group start based on it.
 
         Returns the commit to `load`, or None to start from the beginning.
+
+        Raises:
+            TrainerError: HeadLost if an attempt after this one has claimed the run; what `Restorer.find` raises.
         """
         restorer = self.restorer
         restorer.find()
@@ -135,6 +138,8 @@ class Checkpointer:
                 self.store, attempt, own, self.place.world_size, origin=origin, origin_step=restorer.first_step
             ),
         )
+        # Ranks that are started again by an attempt that was frozen: a newer one has the run.
+        collectives.on_first(self.place.is_first, self.check_claim)
         collectives.on_first(self.place.is_first, self._sweep)
         return restorer.base
 
@@ -194,6 +199,24 @@ class Checkpointer:
             self._doomed.add(task.name)
         return outcome or TrainerError(FailureClass.UNKNOWN, "the save ended without a word")
 
+    def check_claim(self) -> None:
+        """See that this start still has the run. Not collective.
+
+        Raises:
+            TrainerError: HeadLost if another one has taken it over; Unknown if the claim is gone.
+        """
+        claims = claimed_ids(self.store)
+        newest = max(claims, default=self.claim)
+        if newest > self.claim:
+            raise taken_over(self.claim, newest)
+        if self.claim not in claims:
+            raise TrainerError(
+                FailureClass.UNKNOWN,
+                f"the claim {self.claim} of this start is gone from {self.store.uri}: somebody removed the run's folder, "
+                "or parts of it, while it trained",
+                "leave the folder alone while the run is there; the next attempt goes on with what is left in it",
+            )
+
     def close(self, seconds: float) -> None:
         """Give a save that is on its way so long to end. Not collective: for the end of a rank, however it ends."""
         if self._task is not None and not self._task.wait(seconds):
@@ -211,6 +234,9 @@ class Checkpointer:
         patiently(self.before_commit)
         draft = draft.model_copy(update={"time": datetime.now(UTC)})
         commit = patiently(lambda: self._commit(draft))
+        # Frozen while COMMIT.json was on its way, this start may have been superseded from an older commit: then it must not
+        # decide what others need. One that claims from here on goes on from this commit, and lets the same ones go.
+        patiently(self.check_claim)
         self._retire(commit)
         return commit
 
@@ -235,26 +261,10 @@ class Checkpointer:
             raise TrainerError(
                 FailureClass.UNKNOWN, f"checkpoint {draft.name} did not arrive whole in {self.store.uri}: {short}"
             )
-        self._check_claim()
+        self.check_claim()
         commit = draft.model_copy(update={"files": sent})
         self.store.put_bytes(commit.key, manifest(commit))
         return commit
-
-    def _check_claim(self) -> None:
-        claims = [claim.id for claim in read_claims(self.store)]
-        newest = max(claims, default=self.claim)
-        if newest > self.claim:
-            raise TrainerError(
-                FailureClass.HEAD_LOST,
-                f"{newest} has taken this run over from {self.claim}, which stops without a commit",
-            )
-        if self.claim not in claims:
-            raise TrainerError(
-                FailureClass.UNKNOWN,
-                f"the claim {self.claim} of this start is gone from {self.store.uri}: somebody removed the run's folder, "
-                "or parts of it, while it trained",
-                "leave the folder alone while the run is there; the next attempt goes on with what is left in it",
-            )
 
     def references(self, prefix: str) -> Checkpoints:
         """The commits, and what was passed over on the way to them, as status shows them."""

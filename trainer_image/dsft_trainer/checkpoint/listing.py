@@ -9,10 +9,12 @@ from datetime import UTC, datetime
 
 from pydantic import ValidationError
 
+from dsft_api.conditions import FailureClass
 from dsft_api.layout import ATTEMPTS, CHECKPOINTS
 from dsft_api.status import CheckpointRef, Checkpoints
 from dsft_trainer.checkpoint.commits import COMMIT_FILE, Claim, ClaimId, Commit, best, lineage, next_claim
 from dsft_trainer.checkpoint.store import Store
+from dsft_trainer.errors import TrainerError
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,20 @@ def claimed_ids(store: Store) -> list[ClaimId]:
     """The ids that are taken, also by damaged claims."""
     ids = (ClaimId.from_key(entry.key) for entry in store.list(f"{ATTEMPTS}/"))
     return [claim for claim in ids if claim is not None]
+
+
+def superseding(store: Store, claim: ClaimId) -> ClaimId | None:
+    """The newest start that has taken the run over from this one, if any has."""
+    newest = max(claimed_ids(store), default=claim)
+    return newest if newest > claim else None
+
+
+def taken_over(claim: ClaimId, by: ClaimId) -> TrainerError:
+    """The end of a start that another one has superseded, perhaps while it was frozen: what it writes nobody reads."""
+    return TrainerError(
+        FailureClass.HEAD_LOST,
+        f"{by} has taken this run over from {claim}, which stops without a commit",
+    )
 
 
 def make_claim(
