@@ -17,7 +17,7 @@ demo: venv ## Fine-tune a real model on real data here, export it and try it: th
 	$(BIN)/python -m dsft_demo
 
 .PHONY: test
-test: venv lint verify ## Check style, types, generated files, and run every test but the benches and those on a cluster
+test: venv lint verify ## Check style, types, generated files, and run every test but the benches, the chaos and those on a cluster
 	@# By file, since files share what takes long to make; two, since a start of ranks leaves one core idle.
 	$(BIN)/python -m pytest tests --ignore=tests/bench --ignore=tests/e2e --numprocesses 2 --dist loadfile
 
@@ -107,6 +107,13 @@ generate: venv ## Write crds/, docs/reference/ and examples/install/ from the co
 verify: venv ## Fail if a generated file is not fresh
 	$(BIN)/python -m dsft_api.generate --check
 	$(BIN)/python -m dsft_operator.install --check
+
+# Real runs, killed 100 times: 25 minutes on an idle machine of two cores.
+KILLS ?= 100
+SEED ?= 1
+.PHONY: chaos
+chaos: venv ## Kill real runs at random, KILLS times: nothing committed is lost, nothing is trained differently
+	$(BIN)/python -m tests.chaos --kills $(KILLS) --seed $(SEED)
 
 .PHONY: bench
 bench: venv ## Start-up and steady state against bare torchrun and DeepSpeed; minutes, wants an idle machine
