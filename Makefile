@@ -79,6 +79,8 @@ lock: $(UV) ## Resolve pyproject.toml anew into requirements/
 	  --extra operator --extra trainer --extra dev -o requirements/dev.txt pyproject.toml
 	$(UV) pip compile --quiet --generate-hashes --no-header --no-emit-index-url --python-version 3.11 --no-deps \
 	  -o requirements/demo.txt requirements/demo.in
+	$(UV) pip compile --quiet --generate-hashes --no-header --no-emit-index-url --python-version 3.11 --no-deps \
+	  -o requirements/bench.txt requirements/bench.in
 	$(UV) pip compile --quiet --generate-hashes --no-header --no-emit-index-url --python-version 3.11 \
 	  -o requirements/build.txt requirements/build.in
 	for image in operator trainer; do \
@@ -126,6 +128,14 @@ bench-checkpoint: venv ## What a checkpoint costs training, against the synchron
 .PHONY: bench-recover
 bench-recover: venv ## From a killed rank to the next step; minutes, wants an idle machine
 	$(BIN)/python -m tests.bench.recover
+
+.PHONY: bench-upload
+bench-upload: venv $(VENV)/bench/.installed ## Upload to S3, against Ray Train's way, obstore and s5cmd; minutes, wants an idle machine
+	$(BIN)/python -m tests.bench.upload
+
+$(VENV)/bench/.installed: requirements/bench.txt
+	$(UV) pip install --quiet --no-deps --require-hashes --python $(BIN)/python --target $(VENV)/bench -r requirements/bench.txt
+	touch $@
 
 .PHONY: bench-operator
 bench-operator: venv ## The operator on a real API server: delays, requests, CPU and memory per resource, a restart; wants an idle machine
