@@ -15,8 +15,8 @@ from dsft_trainer.checkpoint.store import (
     Store,
     check_writable,
     get_files,
+    in_parallel,
     open_store,
-    put_files,
 )
 from dsft_trainer.errors import TrainerError
 from tests.s3_server import READER, S3Server
@@ -169,7 +169,7 @@ def test_writers_and_a_deleter_in_one_folder(store: Store) -> None:
 def test_many_files_at_once(store: Store, tmp_path: Path) -> None:
     for number in range(20):
         (tmp_path / f"{number}.src").write_bytes(b"%d" % number * 1000)
-    put_files(store, [(tmp_path / f"{number}.src", f"files/{number}") for number in range(20)])
+    in_parallel(lambda number: store.put_file(tmp_path / f"{number}.src", f"files/{number}"), range(20))
     get_files(store, [(f"files/{number}", tmp_path / "back" / str(number)) for number in range(20)])
     for number in range(20):
         assert (tmp_path / "back" / str(number)).read_bytes() == b"%d" % number * 1000

@@ -5,20 +5,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dsft_trainer.checkpoint.commits import CommittedFile
-from dsft_trainer.checkpoint.store import ObjectMissingError, Store, get_files, put_files
+from dsft_trainer.checkpoint.store import ObjectMissingError, Store, get_files, in_parallel
 
 
 def upload(store: Store, folder: Path, key: str, rank: int) -> tuple[CommittedFile, ...]:
     """Move all files below `folder` to `key`/; what a manifest says of them. `folder` may lose them."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = tuple(
-        CommittedFile(
-            path=path.relative_to(folder).as_posix(), size=path.stat().st_size, sha256=_sha256(path), rank=rank
-        )
-        for path in paths
-    )
-    put_files(store, [(folder / file.path, f"{key}/{file.path}") for file in files])
-    return files
+
+    def send(path: Path) -> CommittedFile:
+        name, size, digest = path.relative_to(folder).as_posix(), path.stat().st_size, _sha256(path)
+        store.put_file(path, f"{key}/{name}")
+        return CommittedFile(path=name, size=size, sha256=digest, rank=rank)
+
+    return tuple(in_parallel(send, sorted(path for path in folder.rglob("*") if path.is_file())))
 
 
 def missing(store: Store, key: str, files: Iterable[CommittedFile]) -> list[str]:

@@ -19,10 +19,11 @@ from dsft_trainer.errors import TrainerError
 COMMIT = "COMMIT.json"
 """Name of the object that makes a checkpoint valid: stores never delete a later key before it is gone."""
 
-PARALLEL_FILES = 8
+# Small files wait for answers, not for bandwidth: as many at a time as the S3 client has connections.
+PARALLEL_FILES = 32
 
-_Source = TypeVar("_Source")
-_Destination = TypeVar("_Destination")
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -163,14 +164,21 @@ def check_writable(store: Store, *, worked_before: bool = False) -> None:
     raise TrainerError(FailureClass.STORAGE_DENIED, f"{store.uri} {fault}", "use a strongly consistent storage server")
 
 
-def put_files(store: Store, files: Iterable[tuple[Path, str]]) -> None:
-    """`put_file` several (path, key) at a time. The first error wins; files not begun by then stay."""
-    _in_parallel(store.put_file, files)
-
-
 def get_files(store: Store, files: Iterable[tuple[str, Path]]) -> None:
     """`get_file` several (key, path) at a time. The first error wins."""
-    _in_parallel(store.get_file, files)
+    in_parallel(lambda file: store.get_file(*file), files)
+
+
+def in_parallel(transfer: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
+    """Transfer several at a time; the results in the order of the items. The first error wins, and nothing more is begun."""
+    with ThreadPoolExecutor(PARALLEL_FILES, thread_name_prefix="store") as pool:
+        futures = [pool.submit(transfer, item) for item in items]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+        return [future.result() for future in futures]
 
 
 def check_key(key: str) -> str:
@@ -178,15 +186,3 @@ def check_key(key: str) -> str:
     if not key or "\0" in key or key != str(PurePosixPath(key)) or key.startswith("/") or ".." in key.split("/"):
         raise TrainerError(FailureClass.CONFIG_INVALID, f"storage key {key!r} is not a relative path", "correct it")
     return key
-
-
-def _in_parallel(
-    transfer: Callable[[_Source, _Destination], None], files: Iterable[tuple[_Source, _Destination]]
-) -> None:
-    with ThreadPoolExecutor(PARALLEL_FILES, thread_name_prefix="store") as pool:
-        futures = [pool.submit(transfer, source, destination) for source, destination in files]
-        try:
-            for future in as_completed(futures):
-                future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)

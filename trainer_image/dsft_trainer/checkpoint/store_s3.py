@@ -228,7 +228,12 @@ class S3Store(Store):
     # A server that dies may forget an upload, or complete it and lose the reply: only a new one tells.
     @retry(retry=retry_if_exception(lambda error: _code(error) == "NoSuchUpload"), wait=_WAIT, stop=_STOP, reraise=True)
     def _upload(self, path: Path, key: str) -> None:
-        self._transfers().upload(str(path), self.bucket, key).result()
+        if path.stat().st_size < PART_BYTES:
+            # One request, in this thread: the transfer manager would hand it from thread to thread.
+            with path.open("rb") as body:
+                self._client().put_object(Bucket=self.bucket, Key=key, Body=body)
+        else:
+            self._transfers().upload(str(path), self.bucket, key).result()
 
     def _key(self, key: str) -> str:
         return self.root + check_key(key)
