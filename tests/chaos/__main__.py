@@ -18,13 +18,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tests.chaos.deck import Card, deck
-from tests.chaos.siege import Blow, Siege
+from tests.chaos.siege import FINISH_SECONDS, Blow, Siege
 from tests.s3_faults import faulty
 from tests.s3_server import REGION, S3Server
 from tests.trainer.killing import killed_manifest, never_killed
 from tests.trainer.runs import Manifest, Run
 
-STEPS = 240
+STEPS = 160
 
 
 def main() -> int:
@@ -37,7 +37,7 @@ def main() -> int:
     print(f"{options.kills} kills, seed {options.seed}; logs in {folder}", flush=True)
     begin = time.monotonic()
     manifest = killed_manifest(folder, STEPS)
-    reference = never_killed(manifest, folder / "reference")
+    reference = never_killed(manifest, folder / "reference", FINISH_SECONDS)
     blows, wrong = besiege(deck(options.kills, options.seed), manifest, reference, folder)
     print(table(blows))
     print(

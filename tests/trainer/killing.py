@@ -17,7 +17,7 @@ import pytest
 
 from dsft_trainer.checkpoint.commits import Claim
 from tests.trainer import tiny
-from tests.trainer.runs import Manifest, Run, causal_lm, family, is_alive, kill_session, wait_until
+from tests.trainer.runs import PATIENCE_SECONDS, Manifest, Run, causal_lm, family, is_alive, kill_session, wait_until
 
 STEPS = 60
 SEED = 1
@@ -43,10 +43,10 @@ def killed_manifest(folder: Path, steps: int = STEPS) -> Manifest:
     return document
 
 
-def never_killed(manifest: Manifest, folder: Path) -> Run:
+def never_killed(manifest: Manifest, folder: Path, seconds: float = PATIENCE_SECONDS) -> Run:
     """The run that nobody kills."""
     run = Run(manifest, folder)
-    run.finish()
+    run.finish(seconds=seconds)
     return run
 
 

@@ -117,10 +117,10 @@ class Run:
         finally:
             kill_session(process)
 
-    def finish(self, runtime: str = "torchrun", workers: int = 2) -> None:
+    def finish(self, runtime: str = "torchrun", workers: int = 2, seconds: float = PATIENCE_SECONDS) -> None:
         """Run to the end, which must be a good one."""
         with self.started(runtime, workers) as process:
-            code = process.wait(PATIENCE_SECONDS)
+            code = process.wait(seconds)
         assert code == 0, f"exit code {code}:\n{self.log_tail()}"
         assert self.store.get_bytes(RESULT_FILE) is not None
 
