@@ -133,7 +133,7 @@ FAILURES: dict[FailureClass, Failure] = {
         _E.DIVERGED, False, "lower spec.training.optimizer.learningRate, add warmupSteps, or look at the data"
     ),
     FailureClass.HANG: Failure(
-        _E.HANG, True, "look at the stacks in the log; raise spec.deadlines.stallSeconds for slow steps"
+        _E.HANG, True, "look at the stacks that the message names; raise spec.deadlines.stallSeconds for slow steps"
     ),
     FailureClass.HEAD_LOST: Failure(_E.OTHER, True, "nothing: the run goes on from its last checkpoint"),
     FailureClass.WORKER_LOST: Failure(_E.OTHER, True, "nothing: the run goes on from its last checkpoint"),

@@ -345,4 +345,8 @@ def test_a_rank_that_stands_still_ends_the_run(
     assert "no step, save or evaluation batch finished in 40 s" in ended.err
     assert run.status.attempts[0].failure_class is FailureClass.HANG
     assert "most recent call first" in run.log(), "no stacks in the log"
+    stacks = run.path / "logs" / "attempt-1" / "stacks-rank-0.txt"
+    assert "most recent call first" in stacks.read_text()
+    assert f"{stacks.parent.as_uri()}/stacks-rank-*" in (run.status.attempts[0].message or "")
+    assert [path.name for path in stacks.parent.iterdir()] == [stacks.name], "a rank that is stopped can write nothing"
     assert not any(rank.is_running() for rank in ranks)

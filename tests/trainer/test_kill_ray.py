@@ -72,6 +72,10 @@ def test_ranks_that_are_killed_and_hang_are_healed_inside_the_attempt(
     assert (attempt.from_step, attempt.to_step, attempt.exit_code, attempt.restarts) == (0, STEPS, 0, 2)
     assert [loss.failure_class for loss in attempt.losses] == [FailureClass.WORKER_LOST, FailureClass.HANG]
     assert all(loss.step for loss in attempt.losses)
+    # The one that was stopped could not write its own.
+    stacks = run.local().state / "logs" / "attempt-1"
+    assert len(list(stacks.glob("stacks-rank-*-start-2.txt"))) == len(list(stacks.glob("stacks-*"))) == 1
+    assert "stacks are in" in attempt.losses[1].message
     # What was trained since the commits, and the time that the ranks hung.
     assert attempt.spent is not None
     assert attempt.spent.redone_seconds >= STALL_SECONDS

@@ -44,6 +44,11 @@ def side_group() -> dist.ProcessGroup:
     return dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
 
+def outlast(seconds: float) -> None:
+    """Have collectives of the default group that begin from now on wait so long for a rank. Not collective; any thread."""
+    dist.set_timeout(timedelta(seconds=seconds))
+
+
 def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Every rank's value on every rank, by rank."""
     values: list[T | None] = [None] * dist.get_world_size()

@@ -13,6 +13,7 @@ from types import TracebackType
 
 from dsft_api.job import Job
 from dsft_api.layout import attempt_logs
+from dsft_api.progress import Progress
 from dsft_trainer.checkpoint.store import Store
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,11 @@ def output_files() -> tuple[Path, ...]:
     """The files that standard output and error of this process go to; none where they are no files."""
     targets = dict.fromkeys(Path(os.path.realpath(f"/proc/self/fd/{descriptor}")) for descriptor in (1, 2))
     return tuple(target for target in targets if target.is_file())
+
+
+def log_name(rank: int, opening: Progress) -> str:
+    """What a rank's files are called: each start inside an attempt has its own."""
+    return f"rank-{rank}" + (f"-start-{opening.restarts + 1}" if opening.restarts else "")
 
 
 class LogShipper:

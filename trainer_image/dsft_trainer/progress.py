@@ -10,8 +10,10 @@ ends.
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from statistics import median
 from typing import Any
 
 from dsft_api import goodput
@@ -154,6 +156,7 @@ class Pace:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._marks: list[tuple[float, int]] = [(clock(), 0)]
+        self._steps: deque[float] = deque(maxlen=self.WINDOW)
         self._tokens = 0
 
     def pause(self) -> None:
@@ -163,6 +166,7 @@ class Pace:
     def step(self, tokens: int) -> None:
         """One step was done with so many tokens over all ranks."""
         self._tokens += tokens
+        self._steps.append(self._clock() - self._marks[-1][0])
         self._marks = [*self._marks, (self._clock(), self._tokens)][-self.WINDOW :]
 
     @property
@@ -170,6 +174,12 @@ class Pace:
         """Mean over the window; None before the first step."""
         steps = len(self._marks) - 1
         return (self._marks[-1][0] - self._marks[0][0]) / steps if steps else None
+
+    @property
+    def median_step(self) -> float | None:
+        """Seconds of a usual step, of the last ones, before a pause too; None before the first."""
+        steps = tuple(self._steps)
+        return median(steps) if steps else None
 
     @property
     def tokens_per_second(self) -> float | None:

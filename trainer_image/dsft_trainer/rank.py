@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dsft_api.batch import plan_batch
 from dsft_api.job import Job
-from dsft_api.layout import RESULT_FILE
+from dsft_api.layout import RESULT_FILE, attempt_logs
 from dsft_api.progress import TrainerPhase
 from dsft_api.status import EvaluationStatus, Output
 from dsft_trainer import collectives
@@ -41,13 +41,14 @@ from dsft_trainer.engine import Engine, deepspeed_config, start_engine
 from dsft_trainer.errors import TrainerError, failure_of
 from dsft_trainer.evaluate import Evaluator
 from dsft_trainer.export import export
+from dsft_trainer.logs import log_name
 from dsft_trainer.loop import Schedule, Trainer
 from dsft_trainer.metrics import MetricsLog
 from dsft_trainer.model import check_length, load_model, load_tokenizer
-from dsft_trainer.progress import Reporter, SilentReporter
+from dsft_trainer.progress import Pace, Reporter, SilentReporter
 from dsft_trainer.runtime import Outcome, Runtime
 from dsft_trainer.versions import versions
-from dsft_trainer.watchdog import Watchdog
+from dsft_trainer.watchdog import Watchdog, archived_stacks
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +60,16 @@ def run_rank(job: Job, runtime: Runtime, device: torch.device) -> Outcome:
         TrainerError: on every rank, whatever rank the cause was on; also told to the launcher.
     """
 
-    def hung(error: TrainerError) -> None:
-        runtime.fail(error.report(runtime.place.rank))
+    stacks = f"{attempt_logs(job.attempt)}/stacks-{log_name(runtime.place.rank, runtime.opening)}.txt"
+
+    def hung(seconds: float) -> None:
+        failure = archived_stacks(store_of(job).impatient(), stacks, seconds)
+        runtime.fail(failure.report(runtime.place.rank))
 
     try:
-        with Watchdog(job.spec.deadlines.stall_seconds, hung) as watchdog, node_scratch(job) as scratch:
-            return _Attempt(job, runtime, device, scratch, watchdog.beat).run()
+        stall_seconds = job.spec.deadlines.stall_seconds
+        with Watchdog(stall_seconds, hung, collectives.outlast) as watchdog, node_scratch(job) as scratch:
+            return _Attempt(job, runtime, device, scratch, watchdog).run()
     except Exception as error:
         failure = failure_of(error)
         log.exception("rank %s failed", runtime.place.rank)
@@ -97,9 +102,7 @@ class node_scratch:  # noqa: N801  a context manager
 class _Attempt:
     """The steps of one rank's life, in order."""
 
-    def __init__(
-        self, job: Job, runtime: Runtime, device: torch.device, scratch: Path, beat: Callable[[], None]
-    ) -> None:
+    def __init__(self, job: Job, runtime: Runtime, device: torch.device, scratch: Path, watchdog: Watchdog) -> None:
         self.job = job
         self.spec = job.spec
         self.work = job.spec.workload()
@@ -107,7 +110,8 @@ class _Attempt:
         self.place = runtime.place
         self.device = device
         self.scratch = scratch
-        self.beat = beat
+        self.watchdog = watchdog
+        self.beat = watchdog.beat
         self.store: Store = store_of(job)
         self.reporter: Reporter | SilentReporter = (
             Reporter(runtime.opening, runtime.publish, self.store, self._superseded)
@@ -315,6 +319,7 @@ class _Attempt:
                 device=self.device,
                 beat=self.beat,
             )
+        self.watchdog.pace = pace = Pace()
         return Trainer(
             engine=engine,
             dataset=data.train,
@@ -332,6 +337,7 @@ class _Attempt:
             requests=SaveRequests(lambda: self.runtime.wishes().save, self.runtime.opening.checkpoint_request),
             beat=self.beat,
             storage_prefix=self.job.storage_prefix,
+            pace=pace,
         )
 
     def _finish(

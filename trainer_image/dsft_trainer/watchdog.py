@@ -1,27 +1,54 @@
 """Ends a rank that makes no progress: a hung collective raises nothing, so somebody must watch the clock.
 
-Every finished micro-step, evaluation batch and save is a beat. After `limit` seconds without one the stacks of all threads
-go to the log, the launcher is told, and the process exits with code 7.
+Every finished micro-step, evaluation batch and save is a beat. Without one for `stallSeconds`, or for as long as 20 steps take if
+that is more, the stacks of all threads go to the log and to storage, the launcher is told, and the process exits with code 7.
+
+When one rank hangs, its peers wait for it in a collective, and each one's watchdog fires: each archives its own stacks. A rank
+that was stopped as a whole (SIGSTOP, a frozen container) cannot.
 """
 
 import faulthandler
+import logging
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
 
 from dsft_api.conditions import FailureClass
+from dsft_trainer.checkpoint.store import Store
 from dsft_trainer.errors import TrainerError
+from dsft_trainer.progress import Pace
+
+log = logging.getLogger(__name__)
+
+STEPS = 20
+"""So many times the median step must pass: steps of minutes are no hang."""
+MARGIN_SECONDS = 60.0
+"""Collectives give up so long after the watchdog, which knows more."""
+PEERS_SECONDS = 5.0
+"""How long a rank stays when it is done: the launcher ends its peers with it, whose watchdogs fire about now."""
 
 
 class Watchdog:
     """Watches one rank; a context manager around everything that may hang."""
 
-    def __init__(self, limit: float, report: Callable[[TrainerError], None]) -> None:
-        self._limit = limit
-        self._report = report
+    def __init__(
+        self,
+        stall_seconds: float,
+        hung: Callable[[float], None],
+        outlast: Callable[[float], None],
+        leave: Callable[[int], None] = os._exit,
+    ) -> None:
+        """`hung` archives and reports, after so many seconds; `outlast` has collectives wait for at least so many."""
+        self.pace: Pace | None = None
+        """The steps to compare with, once there are any."""
+        self._stall_seconds = stall_seconds
+        self._hung = hung
+        self._outlast = outlast
+        self._leave = leave
         self._last = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -29,6 +56,12 @@ class Watchdog:
     def beat(self) -> None:
         """Something was finished."""
         self._last = time.monotonic()
+
+    @property
+    def limit(self) -> float:
+        """Seconds without a beat that are a hang."""
+        median = self.pace.median_step if self.pace is not None else None
+        return max(self._stall_seconds, STEPS * (median or 0.0))
 
     def __enter__(self) -> "Watchdog":
         self.beat()
@@ -41,14 +74,39 @@ class Watchdog:
         self._stop.set()
 
     def _watch(self) -> None:
-        while not self._stop.wait(min(1.0, self._limit / 10)):
-            if time.monotonic() - self._last > self._limit:
+        allowed = self._stall_seconds
+        while not self._stop.wait(min(1.0, self._stall_seconds / 10)):
+            limit = self.limit
+            if limit > allowed:
+                # Doubled, so that it is not told anew for each step that is slower than the one before.
+                allowed = 2 * limit
+                self._outlast(allowed + MARGIN_SECONDS)
+            if time.monotonic() - self._last > limit:
                 break
         else:
             return
-        faulthandler.dump_traceback(sys.stderr)
-        self._report(
-            TrainerError(FailureClass.HANG, f"no step, save or evaluation batch finished in {self._limit:.0f} s")
-        )
+        self._hung(self.limit)
+        self._stop.wait(PEERS_SECONDS)
         # The main thread is stuck in a collective: no exception would reach it.
-        os._exit(FailureClass.HANG.failure.exit_code)
+        self._leave(FailureClass.HANG.failure.exit_code)
+
+
+def archived_stacks(store: Store, key: str, limit: float) -> TrainerError:
+    """Put the stacks of all threads of this process into the log and into storage; the failure that says where they are."""
+    with tempfile.TemporaryFile() as file:
+        faulthandler.dump_traceback(file)
+        file.seek(0)
+        stacks = file.read()
+    sys.stderr.write(stacks.decode(errors="replace"))
+    sys.stderr.flush()
+    what = f"no step, save or evaluation batch finished in {limit:.0f} s"
+    folder = f"{store.uri}/{key.rpartition('/')[0]}"
+    try:
+        store.put_bytes(key, stacks)
+    except Exception as error:  # noqa: BLE001  whatever storage does, the hang must end
+        log.warning("%s could not be written: %s", key, error)
+        return TrainerError(FailureClass.HANG, f"{what}; stacks are in the log")
+    return TrainerError(
+        FailureClass.HANG,
+        f"{what}; stacks are in {folder}/stacks-rank-*: a rank without such a file was stopped as a whole",
+    )

@@ -118,5 +118,7 @@ class Deadlines(ApiModel):
     provision_seconds: int | None = Field(default=None, ge=1, description="Waiting for nodes and images, per attempt.")
     run_seconds: int | None = Field(default=None, ge=1, description="Training time in all.")
     stall_seconds: int = Field(
-        default=1800, ge=10, description="Longest time without a finished step, save or evaluation batch; then exit 7."
+        default=1800,
+        ge=10,
+        description="Longest time without a finished step, save or evaluation batch, but at least that of 20 steps; then exit 7.",
     )

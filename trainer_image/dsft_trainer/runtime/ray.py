@@ -29,7 +29,7 @@ from dsft_api.progress import Progress, TrainerFailure
 from dsft_trainer.checkpoint.store import store_of
 from dsft_trainer.drain import RAY_ADDRESS_ENV
 from dsft_trainer.errors import TrainerError
-from dsft_trainer.logs import LogShipper, output_files
+from dsft_trainer.logs import LogShipper, log_name, output_files
 from dsft_trainer.process import rank_environment, start_environment
 from dsft_trainer.runtime import Outcome, Place, Wishes
 from dsft_trainer.runtime.channel import ECHOES, Channel
@@ -37,6 +37,7 @@ from dsft_trainer.runtime.oom import oom_kills
 from dsft_trainer.runtime.ray_relay import NAMESPACE, RELAY_PREFIX, Relay
 from dsft_trainer.runtime.ray_starts import Silence, run_starts
 from dsft_trainer.runtime.starts import Start
+from dsft_trainer.watchdog import MARGIN_SECONDS
 
 if TYPE_CHECKING:
     import ray.data
@@ -74,8 +75,8 @@ class RayRuntime:
 
     @property
     def log_name(self) -> str:
-        """The name of this rank's log: each start inside an attempt has its own."""
-        return f"rank-{self.place.rank}" + (f"-start-{self._start}" if self._start > 1 else "")
+        """The name of this rank's log."""
+        return log_name(self.place.rank, self.opening)
 
     def publish(self, progress: str) -> None:
         """Send the document without waiting for its arrival; look at the answer to the one before."""
@@ -239,7 +240,7 @@ def _settings(job: Job, **book: Any) -> dict[str, Any]:
     cuda = job.ranks.device == "cuda"
     return {
         "torch_config": TorchConfig(
-            backend="nccl" if cuda else "gloo", timeout_s=job.spec.deadlines.stall_seconds + 60
+            backend="nccl" if cuda else "gloo", timeout_s=int(job.spec.deadlines.stall_seconds + MARGIN_SECONDS)
         ),
         "scaling_config": ScalingConfig(
             num_workers=job.ranks.count, use_gpu=cuda, resources_per_worker={"GPU": 1} if cuda else {"CPU": 1}

@@ -24,6 +24,7 @@ from dsft_trainer.process import prepare_process, rank_environment, torch_device
 from dsft_trainer.progress import starting
 from dsft_trainer.runtime import Outcome, Place, Wishes
 from dsft_trainer.runtime.channel import Channel
+from dsft_trainer.watchdog import MARGIN_SECONDS
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ def _train(job: Job, runtime: TorchrunRuntime) -> Outcome:
     device = torch_device(job, runtime.place.local_rank)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=job.spec.deadlines.stall_seconds + 60),
+        timeout=timedelta(seconds=job.spec.deadlines.stall_seconds + MARGIN_SECONDS),
         device_id=device if device.type == "cuda" else None,
     )
     outcome = run_rank(job, runtime, device)
