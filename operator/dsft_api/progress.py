@@ -58,6 +58,9 @@ class TrainerFailure(ApiModel):
     remedy: str = Field(max_length=1024, description="What to do.")
     exit_code: int = Field(description="Exit code of the trainer.")
     rank: int | None = Field(default=None, description="Rank that failed first.")
+    evidence: str | None = Field(
+        default=None, max_length=1024, description="What is kept of it in storage: its last lines, or its stacks."
+    )
 
 
 class Progress(ApiModel):

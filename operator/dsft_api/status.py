@@ -206,6 +206,11 @@ class Attempt(ApiModel):
     nodes: tuple[str, ...] = Field(default=(), description="Nodes it ran on.")
     exit_code: int | None = Field(default=None, description="Exit code of the trainer.")
     message: str | None = Field(default=None, max_length=1024, description="What happened, and what to do.")
+    evidence: str | None = Field(
+        default=None,
+        max_length=1024,
+        description="What is kept in storage of the rank that failed: its last lines, or its stacks.",
+    )
     restarts: int | None = Field(default=None, description="How often its ranks were lost and started again.")
     losses: Annotated[tuple[Loss, ...], Field(max_length=5)] = Field(
         default=(), description="The last of these losses, oldest first."

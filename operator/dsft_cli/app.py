@@ -249,6 +249,8 @@ def _print_end(local: LocalRun, code: int, log: Path, output: Format) -> None:
         style = "yellow" if code == ExitCode.INTERRUPTED else "red"
         err.print(escape(current.message if current and current.message else "failed"), style=style, highlight=False)
         err.print(f"log: {log}", highlight=False)
+        if current and current.attempts and (evidence := current.attempts[-1].evidence):
+            err.print(f"of the rank that failed: {escape(evidence)}", highlight=False, soft_wrap=True)
     if code == ExitCode.OK or output is not Format.TEXT:
         _print_status(local, output)
 

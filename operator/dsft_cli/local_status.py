@@ -100,6 +100,7 @@ def _attempt(progress: Progress, before: Attempt, now: datetime, exit_code: int 
             "failure_class": failure.failure_class if failure else None,
             "exit_code": exit_code,
             "message": failure.message[:1024] if failure else None,
+            "evidence": failure.evidence if failure else None,
             "restarts": progress.restarts or None,
             "losses": progress.losses,
             "spent": goodput.heard(before, progress),

@@ -38,7 +38,8 @@ WHOLE: dict[str, Any] = {
     "output": {"uri": "s3://b/p/export", "format": "safetensors", "bytes": 1, "digest": "sha256:3"},
     "attempts": [
         {"number": 1, "incarnation": 1, "startTime": TIME, "endTime": TIME, "fromStep": 0, "toStep": 200}
-        | {"class": "WorkerLost", "nodes": ["n1"], "exitCode": 1, "message": "a worker was lost"},
+        | {"class": "WorkerLost", "nodes": ["n1"], "exitCode": 1, "message": "a worker was lost"}
+        | {"evidence": "s3://b/p/logs/attempt-1/last-lines-driver.txt"},
         {"number": 2, "incarnation": 1, "startTime": TIME, "fromStep": 200, "nodes": ["n1"], "gpus": 8, "spent": SPENT}
         | {"restarts": 1, "losses": [{"class": "Hang", "step": 205, "time": TIME, "message": "no step in 60 s"}]},
     ],

@@ -315,6 +315,12 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(
     assert "learningRate" in ended.err
     assert run.status.attempts[0].failure_class is FailureClass.DIVERGED
     assert run.commits == ["step-00000002-a1.g1", "step-00000004-a1.g1"]
+    kept = run.status.attempts[0].evidence or ""
+    assert re.fullmatch(rf"{run.path.as_uri()}/logs/attempt-1/last-lines-rank-[01]\.txt", kept)
+    assert kept in ended.err
+    lines = Path(kept.removeprefix("file://")).read_text().splitlines()
+    assert len(lines) <= 50
+    assert any("the loss of step 6 is nan" in line for line in lines)
 
 
 @pytest.fixture
@@ -348,5 +354,6 @@ def test_a_rank_that_stands_still_ends_the_run(
     stacks = run.path / "logs" / "attempt-1" / "stacks-rank-0.txt"
     assert "most recent call first" in stacks.read_text()
     assert f"{stacks.parent.as_uri()}/stacks-rank-*" in (run.status.attempts[0].message or "")
+    assert run.status.attempts[0].evidence == stacks.as_uri()
     assert [path.name for path in stacks.parent.iterdir()] == [stacks.name], "a rank that is stopped can write nothing"
     assert not any(rank.is_running() for rank in ranks)

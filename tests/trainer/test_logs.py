@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from dsft_api.conditions import FailureClass
 from dsft_trainer import logs
 from dsft_trainer.checkpoint.store import Store, open_store
-from dsft_trainer.logs import LogShipper
+from dsft_trainer.errors import TrainerError
+from dsft_trainer.logs import LogShipper, keep_last_lines, log_name
+from dsft_trainer.progress import starting
 from tests.trainer.runs import wait_until
+from tests.trainer.test_private_ray import JOB
 
 KEY = "logs/attempt-1/driver.log"
 
@@ -57,3 +61,34 @@ def test_a_process_finds_the_files_it_prints_to(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text().splitlines() == [str(tmp_path / "out")]
     piped = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
     assert piped.stdout.strip() == b""
+
+
+def test_of_a_process_that_failed_the_last_lines_are_kept(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, err = tmp_path / "out", tmp_path / "err"
+    out.write_text("".join(f"line {number}\n" for number in range(1000)))
+    err.write_text("the end")
+    where = keep_last_lines(JOB.model_copy(update={"storage_prefix": store.uri}), "rank-1-start-2", (out, err))
+    assert where == f"{store.uri}/logs/attempt-1/last-lines-rank-1-start-2.txt"
+    kept = (store.get_bytes("logs/attempt-1/last-lines-rank-1-start-2.txt") or b"").decode().splitlines()
+    assert kept == [*(f"line {number}" for number in range(950, 1000)), "the end"]
+
+    def gone(_: object) -> Store:
+        raise TrainerError(FailureClass.UNKNOWN, "storage is gone")
+
+    monkeypatch.setattr(logs, "store_of", gone)
+    assert keep_last_lines(JOB, "rank-1", (out,)) is None
+
+
+def test_each_start_of_a_rank_has_files_of_its_own() -> None:
+    opening = starting(JOB)
+    assert log_name(3, opening) == "rank-3"
+    assert log_name(3, opening.model_copy(update={"restarts": 2})) == "rank-3-start-3"
+
+
+def test_a_failure_keeps_its_rank_and_evidence_on_its_way_to_the_status() -> None:
+    failure = TrainerError(FailureClass.DIVERGED, "the loss is nan")
+    failure.evidence = "s3://b/logs/attempt-1/last-lines-rank-3.txt"
+    again = TrainerError.from_report(failure.report(3)).report()
+    assert (again.rank, again.evidence) == (3, failure.evidence)

@@ -32,7 +32,7 @@ from dsft_trainer.checkpoint.listing import claimed_ids, make_claim
 from dsft_trainer.checkpoint.store import store_of
 from dsft_trainer.drain import RAY_ADDRESS_ENV, drain, save
 from dsft_trainer.errors import TrainerError, failure_of
-from dsft_trainer.logs import LogShipper, output_files
+from dsft_trainer.logs import LogShipper, keep_last_lines, output_files
 from dsft_trainer.pins import pinned
 from dsft_trainer.preflight import preflight
 from dsft_trainer.process import start_environment
@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 
 SAME_SIGNAL_SECONDS = 1.0
 LAST_OUTPUT_SECONDS = 5.0
+# Ends of a rank of which it cannot tell itself.
+_WITHOUT_A_WORD = (FailureClass.WORKER_LOST, FailureClass.HOST_OOM)
 POD_STDOUT_ENV = "DSFT_POD_STDOUT"
 
 # Set before Ray is imported. A training run of minutes must not wait seconds for polls, and a private Ray says nothing home.
@@ -68,7 +70,7 @@ def run(runtime: str) -> int:
     printed = output_files()
     # The last of the log is shipped when the last was printed.
     with ExitStack() as afterwards, _output_copied(os.environ.get(POD_STDOUT_ENV)):
-        return _run(runtime, lambda job: _ship_log(job, printed, afterwards))
+        return _run(runtime, printed, lambda job: _ship_log(job, printed, afterwards))
 
 
 def _ship_log(job: Job, printed: Sequence[Path], afterwards: ExitStack) -> None:
@@ -77,7 +79,7 @@ def _ship_log(job: Job, printed: Sequence[Path], afterwards: ExitStack) -> None:
         afterwards.enter_context(LogShipper.of(job, store_of(job), "driver", printed))
 
 
-def _run(runtime: str, begin: Callable[[Job], None]) -> int:
+def _run(runtime: str, printed: Sequence[Path], begin: Callable[[Job], None]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("botocore").setLevel(logging.WARNING)
     channel = Channel(Path(os.environ.get("DSFT_CHANNEL") or tempfile.mkdtemp(prefix="dsft-channel-")))
@@ -91,7 +93,7 @@ def _run(runtime: str, begin: Callable[[Job], None]) -> int:
     begin(job)
     try:
         with only_one(channel.folder):
-            return _run_recorded(job, channel, runtime)
+            return _run_recorded(job, channel, runtime, printed)
     except TrainerError as error:
         log.error("%s", error)  # noqa: TRY400  the message is the whole story
         return error.exit_code
@@ -126,7 +128,7 @@ def _redirect_output(target: int) -> None:
     os.close(target)
 
 
-def _run_recorded(job: Job, channel: Channel, runtime: str) -> int:
+def _run_recorded(job: Job, channel: Channel, runtime: str, printed: Sequence[Path]) -> int:
     """The attempt, with its beginning and a failure written to the progress document; the exit code."""
     channel.reset()
     # A program is not asked to commit, so there is nothing to wait for.
@@ -137,6 +139,9 @@ def _run_recorded(job: Job, channel: Channel, runtime: str) -> int:
     except Exception as error:  # noqa: BLE001  the edge of the process
         failure = failure_of(error)
         log.error("%s", failure)  # noqa: TRY400
+        if failure.evidence is None and failure.failure_class in _WITHOUT_A_WORD:
+            # What the ranks print comes here too.
+            failure.evidence = keep_last_lines(job, "driver", printed)
         _record(job, channel, phase=TrainerPhase.FAILED, failure=failure.report())
         return failure.exit_code
     if job.spec.program is not None:

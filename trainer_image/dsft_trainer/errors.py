@@ -22,6 +22,9 @@ class TrainerError(Exception):
         self.failure_class = failure_class
         self.message = message
         self.remedy = remedy or failure_class.failure.remedy
+        self.rank: int | None = None
+        self.evidence: str | None = None
+        """Where more of it is in storage."""
 
     @property
     def exit_code(self) -> ExitCode:
@@ -38,13 +41,16 @@ class TrainerError(Exception):
             message=self.message[:4096],
             remedy=self.remedy[:1024],
             exit_code=self.exit_code,
-            rank=rank,
+            rank=self.rank if rank is None else rank,
+            evidence=self.evidence,
         )
 
     @staticmethod
     def from_report(failure: TrainerFailure) -> "TrainerError":
         """The error behind a report."""
-        return TrainerError(failure.failure_class, failure.message, failure.remedy)
+        error = TrainerError(failure.failure_class, failure.message, failure.remedy)
+        error.rank, error.evidence = failure.rank, failure.evidence
+        return error
 
 
 # Texts by which torch, gloo and NCCL tell that another rank went away: they raise RuntimeError for everything.

@@ -6,6 +6,7 @@ does not die of it.
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +15,13 @@ from types import TracebackType
 from dsft_api.job import Job
 from dsft_api.layout import attempt_logs
 from dsft_api.progress import Progress
-from dsft_trainer.checkpoint.store import Store
+from dsft_trainer.checkpoint.store import Store, store_of
 
 log = logging.getLogger(__name__)
 
 SHIP_SECONDS = 30.0
 TAIL_BYTES = 2**20
+LAST_LINES = 50
 
 
 def output_files() -> tuple[Path, ...]:
@@ -74,6 +76,24 @@ class LogShipper:
         except Exception as error:  # noqa: BLE001  a log is a courtesy
             # Not louder: the warning would be news to ship.
             log.debug("%s could not be written: %s", self._key, error)
+
+
+def keep_last_lines(job: Job, name: str, files: Sequence[Path]) -> str | None:
+    """Put the last lines that a process printed beside the attempt's logs; where they are, None where storage fails."""
+    key = f"{attempt_logs(job.attempt)}/last-lines-{name}.txt"
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    try:
+        store = store_of(job).impatient()
+        store.put_bytes(key, b"".join(_last_lines(file) for file in files))
+    except Exception as error:  # noqa: BLE001  what went wrong before is what matters
+        log.warning("%s could not be written: %s", key, error)
+        return None
+    return f"{store.uri}/{key}"
+
+
+def _last_lines(file: Path) -> bytes:
+    return b"".join(_tail(file).splitlines(keepends=True)[-LAST_LINES:])
 
 
 def _tail(file: Path) -> bytes:

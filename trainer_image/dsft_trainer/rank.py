@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dsft_api.batch import plan_batch
+from dsft_api.conditions import FailureClass
 from dsft_api.job import Job
 from dsft_api.layout import RESULT_FILE, attempt_logs
 from dsft_api.progress import TrainerPhase
@@ -41,7 +42,7 @@ from dsft_trainer.engine import Engine, deepspeed_config, start_engine
 from dsft_trainer.errors import TrainerError, failure_of
 from dsft_trainer.evaluate import Evaluator
 from dsft_trainer.export import export
-from dsft_trainer.logs import log_name
+from dsft_trainer.logs import keep_last_lines, log_name, output_files
 from dsft_trainer.loop import Schedule, Trainer
 from dsft_trainer.metrics import MetricsLog
 from dsft_trainer.model import check_length, load_model, load_tokenizer
@@ -59,10 +60,10 @@ def run_rank(job: Job, runtime: Runtime, device: torch.device) -> Outcome:
     Raises:
         TrainerError: on every rank, whatever rank the cause was on; also told to the launcher.
     """
-
-    stacks = f"{attempt_logs(job.attempt)}/stacks-{log_name(runtime.place.rank, runtime.opening)}.txt"
+    name = log_name(runtime.place.rank, runtime.opening)
 
     def hung(seconds: float) -> None:
+        stacks = f"{attempt_logs(job.attempt)}/stacks-{name}.txt"
         failure = archived_stacks(store_of(job).impatient(), stacks, seconds)
         runtime.fail(failure.report(runtime.place.rank))
 
@@ -73,6 +74,9 @@ def run_rank(job: Job, runtime: Runtime, device: torch.device) -> Outcome:
     except Exception as error:
         failure = failure_of(error)
         log.exception("rank %s failed", runtime.place.rank)
+        # One that only felt another one go has nothing to tell.
+        if failure.failure_class is not FailureClass.WORKER_LOST:
+            failure.evidence = keep_last_lines(job, name, output_files())
         runtime.fail(failure.report(runtime.place.rank))
         raise failure from error
 

@@ -106,7 +106,7 @@ def archived_stacks(store: Store, key: str, limit: float) -> TrainerError:
     except Exception as error:  # noqa: BLE001  whatever storage does, the hang must end
         log.warning("%s could not be written: %s", key, error)
         return TrainerError(FailureClass.HANG, f"{what}; stacks are in the log")
-    return TrainerError(
-        FailureClass.HANG,
-        f"{what}; stacks are in {folder}/stacks-rank-*: a rank without such a file was stopped as a whole",
-    )
+    elsewhere = "a rank without such a file was stopped as a whole"
+    failure = TrainerError(FailureClass.HANG, f"{what}; stacks are in {folder}/stacks-rank-*: {elsewhere}")
+    failure.evidence = f"{store.uri}/{key}"
+    return failure

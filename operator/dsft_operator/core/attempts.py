@@ -91,7 +91,8 @@ def ended(status: FineTuneStatus, now: datetime, cause: Cause | None, *, counted
             "end_time": end,
             "failure_class": cause.failure_class if cause else None,
             "exit_code": cause.exit_code if cause else 0,
-            "message": str(cause)[:1024] if cause else None,
+            "message": cause.within(1024) if cause else None,
+            "evidence": cause.evidence if cause else None,
             "spent": goodput.closed(last, end, succeeded=cause is None),
         }
     )

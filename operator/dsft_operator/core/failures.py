@@ -34,6 +34,12 @@ class Cause:
     message: str
     exit_code: int | None = None
     remedy: str | None = None
+    evidence: str | None = None
+
+    def within(self, length: int) -> str:
+        """It in so many characters: what happened is cut short, and not what to do."""
+        left = max(0, length - len(str(replace(self, message=""))))
+        return str(replace(self, message=self.message[:left]))[:length]
 
     def __str__(self) -> str:
         return f"{self.failure_class}: {self.message} -> {self.remedy or self.failure_class.failure.remedy}"
@@ -70,6 +76,8 @@ def with_evidence(cause: Cause, seen: Observed) -> Cause:
     """The cause with how containers ended in this attempt, for the book: the pods are about to go."""
     seen_ends = [str(ended) for ended in evidence_of(seen)[-_SHOWN:]]
     ends = "; ".join(dict.fromkeys(text for text in seen_ends if text not in cause.message))
+    told = report_of(seen)
+    cause = replace(cause, evidence=told.failure.evidence if told is not None and told.failure is not None else None)
     if not ends:
         return cause
     return replace(cause, message=f"{cause.message[:500]} (seen: {ends[:400]})")

@@ -194,6 +194,23 @@ def test_a_message_has_a_bound() -> None:
     assert message.endswith("-> mend it")
 
 
+def test_what_to_do_is_said_also_where_what_happened_is_long() -> None:
+    """A traceback, say: what is kept of it in storage is named."""
+    where = "s3://bucket/runs/ml/chat/logs/attempt-1/last-lines-rank-3.txt"
+    document = tells(FailureClass.USER_CODE, "ValueError: the data has holes\n" + "y" * 2000)
+    assert document.failure is not None
+    document = document.model_copy(update={"failure": document.failure.model_copy(update={"evidence": where})})
+    for evidence in ((), (SEGFAULT,)):
+        ended_badly = replace(submitted(), job=job("FAILED", exit_code=1), progress=document, evidence=evidence)
+        attempt = last(after(ended_badly)[0])
+        assert attempt.evidence == where
+        assert attempt.message is not None
+        assert len(attempt.message) <= 1024
+        assert attempt.message.startswith("UserCode: ValueError: the data has holes")
+        assert attempt.message.endswith(" -> mend it")
+    assert last(after(replace(submitted(), job=job("FAILED", exit_code=1)))[0]).evidence is None
+
+
 def lacking(seen: Observed, **facts: Any) -> Observed:
     """A worker pod is lost, and its successor finds no node."""
     workers = (pods()[0], pods()[1], Pod("chat-gpu-3", "worker", "gpu", unscheduled="0/3 nodes are available"))

@@ -3,6 +3,7 @@
 What it reports becomes the run's progress: metrics by their names where status has such a field, all other numbers as evaluation.
 """
 
+import logging
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -17,6 +18,8 @@ from dsft_api.progress import Progress, TrainerPhase
 from dsft_api.status import EvaluationStatus, ProgressStatus
 from dsft_trainer.errors import failure_of
 from dsft_trainer.runtime.starts import Start
+
+log = logging.getLogger(__name__)
 
 FOLDER = "ray"
 """Ray Train's folder in the run's own."""
@@ -33,6 +36,7 @@ def program_main(config: dict[str, Any]) -> None:
 
     job = Job.model_validate_json(config["job"])
     prepare_process(job)
+    from dsft_trainer.logs import keep_last_lines, output_files
     from dsft_trainer.program import run_program
     from dsft_trainer.runtime.ray import RayRuntime, log_shipped
 
@@ -44,7 +48,10 @@ def program_main(config: dict[str, Any]) -> None:
         try:
             run_program(job.spec.program)
         except Exception as error:
-            runtime.fail(failure_of(error).report(runtime.place.rank))
+            failure = failure_of(error)
+            log.exception("rank %s failed", runtime.place.rank)
+            failure.evidence = keep_last_lines(job, runtime.log_name, output_files())
+            runtime.fail(failure.report(runtime.place.rank))
             raise
 
 
