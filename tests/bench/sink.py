@@ -26,6 +26,12 @@ class Sink(BaseHTTPRequestHandler):
     wbufsize = -1
     disable_nagle_algorithm = True
 
+    def handle_expect_100(self) -> bool:
+        """The client waits for this before it sends the body."""
+        super().handle_expect_100()
+        self.wfile.flush()
+        return True
+
     def do_PUT(self) -> None:
         self._swallow()
         self._reply(200, etag=ETAG)
