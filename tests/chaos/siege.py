@@ -34,6 +34,7 @@ STEPS_PER_KILL = 40
 WORKERS = 2
 # For all steps of a run, on a machine that is busy with other things too.
 FINISH_SECONDS = 1200.0
+WAIT_SECONDS = 600.0
 STEPPING = (TrainerPhase.TRAINING, TrainerPhase.EVALUATING, TrainerPhase.SAVING)
 
 
@@ -282,7 +283,7 @@ class Siege:
             self.ledger.hear()
             return fact() or (not may_end and self._is_over())
 
-        wait_until(heard, what)
+        wait_until(heard, what, WAIT_SECONDS)
         assert may_end or not self._is_over(), f"the run ended before {what}:\n{self.run.log_tail()}"
 
     def _pause(self, seconds: float) -> None:
