@@ -1,5 +1,7 @@
 """Which losses are followed by another start of the ranks inside the attempt, and what is told of them."""
 
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -99,6 +101,17 @@ def test_many_losses_are_counted_and_the_last_are_kept() -> None:
     assert start.opening.restarts == KEPT_LOSSES + 2
     assert [loss.step for loss in start.opening.losses] == list(range(2, KEPT_LOSSES + 2))
     Progress.model_validate_json(start.opening.model_dump_json(by_alias=True))
+
+
+def test_the_driver_leaves_torch_to_the_ranks() -> None:
+    """It is seconds in which nothing else starts; Ray Train's controller unpickles what these modules define."""
+    modules = (
+        "driver",
+        *(f"runtime.{name}" for name in ("ray", "ray_starts", "ray_trainer", "ray_torch", "ray_failures")),
+    )
+    imports = ", ".join(f"dsft_trainer.{module}" for module in modules)
+    script = f"import sys, {imports}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 class TestRelay:

@@ -1,10 +1,10 @@
-"""Ranks started by Ray Train V2: TorchTrainer places them, sets the process group up and watches them.
+"""Ranks started by Ray Train V2: it places them, sets the process group up and watches them.
 
 Nothing is reported through `ray.train.report`: it takes one report per controller poll (2 s by default) and a report that
 returned can still be lost. Progress, drain and failures go through one small actor on the driver's node instead, and
 checkpoints are committed in storage by the ranks themselves (docs/decisions/0003).
 
-A TorchTrainer is one start of the ranks. Where another one can follow inside the attempt, it is a new one (docs/decisions/0016).
+A trainer is one start of the ranks. Where another one can follow inside the attempt, it is a new one (docs/decisions/0016).
 """
 
 import importlib
@@ -41,7 +41,7 @@ from dsft_trainer.watchdog import MARGIN_SECONDS
 
 if TYPE_CHECKING:
     import ray.data
-    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 
 log = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ def launch(job: Job, channel: Channel) -> Outcome:
     Raises:
         TrainerError: the failure that a rank reported, or how Ray lost it.
     """
-    # Importing Ray Train takes torch with it, seconds in which Ray can start.
+    # Importing Ray Train takes a second, in which Ray can start.
     imports = threading.Thread(target=importlib.import_module, args=("dsft_trainer.runtime.ray_trainer",), daemon=True)
     imports.start()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -196,16 +196,16 @@ def _connect(job: Job) -> None:
             )
 
 
-def _trainer(job: Job, relay: Any, start: Start) -> "TorchTrainer":
+def _trainer(job: Job, relay: Any, start: Start) -> "DataParallelTrainer":
     """The built-in training."""
     from ray.train import DataConfig
 
-    from dsft_trainer.runtime.ray_trainer import LeanTorchTrainer
+    from dsft_trainer.runtime.ray_trainer import LeanTrainer
 
     datasets = _tokenizing(job)
     # Ray's own bookkeeping; checkpoints do not go there, so it may be lost.
     book = {"name": f"{job.run.uid}-a{job.attempt}", "storage_path": tempfile.mkdtemp(prefix="dsft-ray-")}
-    return LeanTorchTrainer(
+    return LeanTrainer(
         rank_main,
         train_loop_config={**_told(job, relay, start), "datasets": list(datasets)},
         datasets=datasets,
@@ -214,13 +214,13 @@ def _trainer(job: Job, relay: Any, start: Start) -> "TorchTrainer":
     )
 
 
-def _program_trainer(job: Job, relay: Any, start: Start) -> "TorchTrainer":
+def _program_trainer(job: Job, relay: Any, start: Start) -> "DataParallelTrainer":
     """The user's. Its checkpoints go where Ray Train finds them in the next start."""
     from dsft_trainer.runtime.ray_program import FOLDER, ProgramProgress, program_main
-    from dsft_trainer.runtime.ray_trainer import LeanTorchTrainer
+    from dsft_trainer.runtime.ray_trainer import LeanTrainer
 
     book = {"name": FOLDER, "storage_path": job.storage_prefix, "callbacks": [ProgramProgress(relay, start)]}
-    return LeanTorchTrainer(program_main, train_loop_config=_told(job, relay, start), **_settings(job, **book))
+    return LeanTrainer(program_main, train_loop_config=_told(job, relay, start), **_settings(job, **book))
 
 
 def _told(job: Job, relay: Any, start: Start) -> dict[str, Any]:
@@ -235,12 +235,13 @@ def _told(job: Job, relay: Any, start: Start) -> dict[str, Any]:
 
 def _settings(job: Job, **book: Any) -> dict[str, Any]:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
+
+    from dsft_trainer.runtime.ray_torch import TorchGroup
 
     cuda = job.ranks.device == "cuda"
     return {
-        "torch_config": TorchConfig(
-            backend="nccl" if cuda else "gloo", timeout_s=int(job.spec.deadlines.stall_seconds + MARGIN_SECONDS)
+        "backend_config": TorchGroup(
+            "nccl" if cuda else "gloo", timeout_s=int(job.spec.deadlines.stall_seconds + MARGIN_SECONDS)
         ),
         "scaling_config": ScalingConfig(
             num_workers=job.ranks.count, use_gpu=cuda, resources_per_worker={"GPU": 1} if cuda else {"CPU": 1}

@@ -72,29 +72,38 @@ def _chain(error: object) -> Iterator[BaseException]:
 
 
 def _killed_by_kernel(here_before: int) -> TrainerError | None:
-    """Ask each node. What a counter stood at in an earlier attempt is in Ray's store; a new container's begins at 0."""
+    """Compare counters. What one stood at in an earlier attempt is in Ray's store; a new container's begins at 0."""
     here = ray.get_runtime_context().get_node_id()
-    ask = ray.remote(num_cpus=0, max_retries=0)(oom_kills)
     names = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+    # The others start a process to answer, seconds that a run on one node need not wait.
+    counts = {here: oom_kills()} | _oom_kills_on({node: name for node, name in names.items() if node != here})
+    found: list[str] = []
+    for node, count in counts.items():
+        killed = count - max(_known_count(node), here_before if node == here else 0)
+        _internal_kv_put(_COUNT_KEY + node, str(count), overwrite=True, namespace=_KV_NAMESPACE)
+        if killed > 0:
+            found.append(f"the kernel killed {killed} process(es) on {names.get(node, node)} for want of memory")
+    return _host_oom(found[0]) if found else None
+
+
+def _oom_kills_on(names: dict[str, str]) -> dict[str, int]:
+    """What each of these nodes says, if it answers."""
+    ask = ray.remote(num_cpus=0, max_retries=0)(oom_kills)
     questions = {
         node: ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
         for node in names
     }
+    if not questions:
+        return {}
     answered, _ = ray.wait(list(questions.values()), num_returns=len(questions), timeout=ANSWER_SECONDS)
-    found: list[str] = []
+    counts: dict[str, int] = {}
     for node, question in questions.items():
-        if question not in answered:
-            continue
-        try:
-            count = ray.get(question)
-        except ray.exceptions.RayError as error:
-            log.info("%s does not say whether memory ran out: %s", names[node], type(error).__name__)
-            continue
-        killed = count - max(_known_count(node), here_before if node == here else 0)
-        _internal_kv_put(_COUNT_KEY + node, str(count), overwrite=True, namespace=_KV_NAMESPACE)
-        if killed > 0:
-            found.append(f"the kernel killed {killed} process(es) on {names[node]} for want of memory")
-    return _host_oom(found[0]) if found else None
+        if question in answered:
+            try:
+                counts[node] = ray.get(question)
+            except ray.exceptions.RayError as error:
+                log.info("%s does not say whether memory ran out: %s", names[node], type(error).__name__)
+    return counts
 
 
 def _known_count(node: str) -> int:

@@ -1,6 +1,6 @@
 """The starts of the ranks inside one attempt on Ray: one after the other, and what status says while they are silent.
 
-Each is a TorchTrainer of its own: all that the first start does, and all that is found out about its end, serves the next ones
+Each is a trainer of its own: all that the first start does, and all that is found out about its end, serves the next ones
 too (docs/decisions/0016).
 """
 
@@ -49,7 +49,7 @@ def run_starts(job: Job, channel: Channel, relay: Any, fit: Callable[[Start], No
 
 
 def _following(job: Job, start: Start, failure: TrainerError, channel: Channel) -> Start | None:
-    # Imported here, as it takes torch with it: the driver imports that beside `ray.init`.
+    # Imported here, as it takes Ray Train with it: the driver imports that beside `ray.init`.
     from dsft_trainer.runtime import ray_failures
 
     # A controller that died may have left its placement group, which goes with the driver.
