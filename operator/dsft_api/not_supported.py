@@ -45,7 +45,6 @@ NOT_BUILT = (
     NotBuilt("execution.interconnect", "the check of the network is not built yet"),
     NotBuilt("deepspeed.offload.optimizer", "offload to host memory is not built yet", ("none",)),
     NotBuilt("deepspeed.offload.params", "offload to host memory is not built yet", ("none",)),
-    NotBuilt("nodePools[].avoidFailedNodes", "keeping away from nodes is not built yet", (False,)),
     NotBuilt("export.mergeLora", "LoRA is not built yet"),
     NotBuilt("export.pushToHub", "upload to the Hub is not built yet; the export is in storage"),
     NotBuilt("tracking.mlflow", "MLflow is not built yet; tensorboard is"),

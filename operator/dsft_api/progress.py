@@ -58,6 +58,7 @@ class TrainerFailure(ApiModel):
     remedy: str = Field(max_length=1024, description="What to do.")
     exit_code: int = Field(description="Exit code of the trainer.")
     rank: int | None = Field(default=None, description="Rank that failed first.")
+    host: str | None = Field(default=None, max_length=253, description="Host name of that rank: its pod.")
     evidence: str | None = Field(
         default=None, max_length=1024, description="What is kept of it in storage: its last lines, or its stacks."
     )

@@ -20,6 +20,8 @@ def _rfc3339(time: datetime) -> str:
 # Seconds precision, as metav1.Time.
 Time = Annotated[datetime, PlainSerializer(_rfc3339, return_type=str)]
 Seconds = Annotated[float, PlainSerializer(lambda seconds: round(seconds, 1), return_type=float)]
+NodeName = Annotated[str, Field(max_length=253)]
+MAX_AVOIDED = 10
 Metrics = Annotated[dict[Annotated[str, Field(max_length=64)], float], Field(max_length=32)]
 
 
@@ -206,6 +208,10 @@ class Attempt(ApiModel):
     nodes: tuple[str, ...] = Field(default=(), description="Nodes it ran on.")
     exit_code: int | None = Field(default=None, description="Exit code of the trainer.")
     message: str | None = Field(default=None, max_length=1024, description="What happened, and what to do.")
+    failed_nodes: Annotated[tuple[NodeName, ...], Field(max_length=MAX_AVOIDED)] = Field(
+        default=(),
+        description="Of its nodes, those on which it failed, where that is known and says something about them.",
+    )
     evidence: str | None = Field(
         default=None,
         max_length=1024,
@@ -280,6 +286,10 @@ class FineTuneStatus(ApiModel):
     output: Output | None = Field(default=None, description="The exported model.")
     attempts: Annotated[tuple[Attempt, ...], Field(max_length=20), ListMap("number")] = Field(
         default=(), description="The last attempts, oldest first."
+    )
+    avoided_nodes: Annotated[tuple[NodeName, ...], Field(max_length=MAX_AVOIDED)] = Field(
+        default=(),
+        description="Nodes that pools with avoidFailedNodes keep away from. A new spec.retry.token clears it.",
     )
     retries: int | None = Field(default=None, description="Failed attempts in a row that committed nothing new.")
     retry_token: str | None = Field(default=None, description="The spec.retry.token that was last acted on.")

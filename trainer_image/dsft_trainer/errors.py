@@ -5,6 +5,7 @@ always speak the vocabulary of `dsft_api.conditions`.
 """
 
 import errno
+import socket
 import traceback
 
 from dsft_api.conditions import ExitCode, FailureClass
@@ -23,6 +24,7 @@ class TrainerError(Exception):
         self.message = message
         self.remedy = remedy or failure_class.failure.remedy
         self.rank: int | None = None
+        self.host: str | None = None
         self.evidence: str | None = None
         """Where more of it is in storage."""
 
@@ -42,6 +44,8 @@ class TrainerError(Exception):
             remedy=self.remedy[:1024],
             exit_code=self.exit_code,
             rank=self.rank if rank is None else rank,
+            # Whoever tells its rank is that rank.
+            host=self.host if rank is None else socket.gethostname(),
             evidence=self.evidence,
         )
 
@@ -49,7 +53,7 @@ class TrainerError(Exception):
     def from_report(failure: TrainerFailure) -> "TrainerError":
         """The error behind a report."""
         error = TrainerError(failure.failure_class, failure.message, failure.remedy)
-        error.rank, error.evidence = failure.rank, failure.evidence
+        error.rank, error.host, error.evidence = failure.rank, failure.host, failure.evidence
         return error
 
 

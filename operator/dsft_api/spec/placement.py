@@ -123,7 +123,9 @@ class NodePool(ApiModel):
     )
     runtime_class_name: ObjectName | None = Field(default=None, description="RuntimeClass of the pods.")
     priority_class_name: ObjectName | None = Field(default=None, description="PriorityClass of the pods.")
-    avoid_failed_nodes: bool = Field(default=False, description="Keep away from nodes that failed this run before.")
+    avoid_failed_nodes: bool = Field(
+        default=False, description="Keep the pool away from nodes with a GPU fault or two losses of this run."
+    )
     scratch: ScratchSpec | None = Field(default=None, description="Scratch disk. Default: emptyDir.")
     model_cache: VolumeClaim | None = Field(default=None, description="Shared cache of Hub downloads.")
     pod_template: FreeForm | None = Field(default=None, description="Further pod fields, from the admin's allow-list.")

@@ -9,6 +9,7 @@ from dsft_api.progress import Progress, TrainerPhase
 from dsft_api.status import FineTuneStatus, JobStatus, Logs, Resolved
 from dsft_operator.config import OperatorConfig
 from dsft_operator.core import attempts, saving
+from dsft_operator.core.avoidance import avoided
 from dsft_operator.core.cluster_rules import failed, is_whole
 from dsft_operator.core.decision import Action, Decision, DeleteCluster, StopJob
 from dsft_operator.core.failures import Cause, classify, is_echo, loss, report_of, with_evidence
@@ -173,6 +174,7 @@ def again(seen: Observed, now: datetime, cause: Cause, *actions: Action) -> Deci
     job = seen.job if isinstance(seen.job, RayJob) else None
     changes = _told(seen, job, report_of(seen))
     changes |= attempts.ended(status.model_copy(update=changes), _end(job, now), cause)
+    changes["avoided_nodes"] = avoided(status.model_copy(update=changes), spec)
     retries, limit = changes.get("retries") or 0, spec.retry.limit if spec is not None else 0
     fact = Fact(value=False, reason=cause.failure_class, message=cause.message)
     facts = _heard(status, changes) if job is not None else {ConditionType.JOB_SUBMITTED: fact}

@@ -93,6 +93,7 @@ def ended(status: FineTuneStatus, now: datetime, cause: Cause | None, *, counted
             "exit_code": cause.exit_code if cause else 0,
             "message": cause.within(1024) if cause else None,
             "evidence": cause.evidence if cause else None,
+            "failed_nodes": cause.nodes if cause else (),
             "spent": goodput.closed(last, end, succeeded=cause is None),
         }
     )

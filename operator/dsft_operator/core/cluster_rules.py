@@ -10,6 +10,7 @@ from dsft_api.spec import FineTuneSpec
 from dsft_api.status import FineTuneStatus, RayClusterStatus, Resolved
 from dsft_operator.config import OperatorConfig
 from dsft_operator.core import attempts, naming
+from dsft_operator.core.avoidance import forgiven
 from dsft_operator.core.decision import (
     AddFinalizer,
     CreateChild,
@@ -87,6 +88,21 @@ def outdated(seen: Observed, now: datetime, config: OperatorConfig) -> Decision 
         report(run, now, Phase.PENDING, Reason.RESTARTING, message, _NO_CLUSTER, ray_cluster=_named(seen, cluster)),
         SOON,
     )
+
+
+def forgiving(seen: Observed, now: datetime, _config: OperatorConfig) -> Decision | None:
+    """It waits, and a new retry.token says that the nodes it keeps away from are well again."""
+    run, status, spec = seen.run, seen.run.status, _spec(seen)
+    if (
+        not status.avoided_nodes
+        or attempts.active(status) is not None
+        or spec.retry.token in (None, status.retry_token)
+    ):
+        return None
+    message = "retry.token is new: all nodes may be used again"
+    changes: dict[str, Any] = forgiven(status) | {"retry_token": spec.retry.token}
+    wish = report(run, now, status.phase or Phase.PENDING, Reason.RESTARTING, message, **changes)
+    return Decision(status=wish, requeue_after=0)
 
 
 def unprepared(seen: Observed, now: datetime, config: OperatorConfig) -> Decision | None:

@@ -6,6 +6,7 @@ from datetime import timedelta
 from dsft_api.conditions import ExitCode, FailureClass
 from dsft_api.progress import Progress
 from dsft_api.spec import FineTuneSpec
+from dsft_operator.core.avoidance import blamed
 from dsft_operator.core.observed import Ended, Observed, RayJob
 
 _BY_EXIT_CODE = {
@@ -35,6 +36,7 @@ class Cause:
     exit_code: int | None = None
     remedy: str | None = None
     evidence: str | None = None
+    nodes: tuple[str, ...] = ()
 
     def within(self, length: int) -> str:
         """It in so many characters: what happened is cut short, and not what to do."""
@@ -77,7 +79,10 @@ def with_evidence(cause: Cause, seen: Observed) -> Cause:
     seen_ends = [str(ended) for ended in evidence_of(seen)[-_SHOWN:]]
     ends = "; ".join(dict.fromkeys(text for text in seen_ends if text not in cause.message))
     told = report_of(seen)
-    cause = replace(cause, evidence=told.failure.evidence if told is not None and told.failure is not None else None)
+    failure = told.failure if told is not None else None
+    host = failure.host if failure is not None else None
+    nodes = blamed(cause.failure_class, evidence_of(seen), seen.pods, host)
+    cause = replace(cause, evidence=failure.evidence if failure is not None else None, nodes=nodes)
     if not ends:
         return cause
     return replace(cause, message=f"{cause.message[:500]} (seen: {ends[:400]})")

@@ -20,6 +20,7 @@ RULES: tuple[Rule, ...] = (
     resource_rules.unreadable,  # the API server or KubeRay's API cannot be asked
     resource_rules.suspended,
     resource_rules.name_taken,  # a RayCluster of that name that is not ours
+    cluster_rules.forgiving,  # a new retry.token: nodes that failed may be used again
     cluster_rules.missing,  # create it (queued: suspended)
     cluster_rules.going,  # wait until the old one is gone
     cluster_rules.outdated,  # other pods are wanted now: make another

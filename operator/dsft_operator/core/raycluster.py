@@ -3,6 +3,7 @@
 Fields: KubeRay ray.io/v1 RayCluster. `spec.suspend` is set only where a queue decides, and never touched afterwards.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from dsft_api import API_VERSION, KIND
@@ -11,6 +12,7 @@ from dsft_api.spec import FineTuneSpec
 from dsft_api.spec.placement import NodePool
 from dsft_operator.config import OperatorConfig
 from dsft_operator.core import naming
+from dsft_operator.core.avoidance import kept_away
 from dsft_operator.core.observed import Run
 from dsft_operator.core.pods import head_pod, run_labels, worker_pod
 
@@ -104,11 +106,16 @@ def _spec(run: Run, spec: FineTuneSpec, config: OperatorConfig, cluster_name: st
             "rayStartParams": {"num-cpus": "0", "num-gpus": "0", "dashboard-host": "0.0.0.0"},  # noqa: S104
             "template": head_pod(spec, config, labels),
         },
-        "workerGroupSpecs": [_group(spec, pool, config, labels) for pool in spec.node_pools],
+        "workerGroupSpecs": [
+            _group(spec, pool, config, labels, run.status.avoided_nodes if pool.avoid_failed_nodes else ())
+            for pool in spec.node_pools
+        ],
     }
 
 
-def _group(spec: FineTuneSpec, pool: NodePool, config: OperatorConfig, labels: dict[str, str]) -> Manifest:
+def _group(
+    spec: FineTuneSpec, pool: NodePool, config: OperatorConfig, labels: dict[str, str], avoided: Sequence[str]
+) -> Manifest:
     # On CPU a node is one rank: Ray must not put two of them on one. On GPUs the number is said here, since KubeRay
     # reads it off the limits only where the resource's name ends in "gpu".
     parameters = {"num-gpus": str(pool.gpus_per_node)} if spec.trains_on_gpus else {"num-cpus": "1", "num-gpus": "0"}
@@ -118,7 +125,7 @@ def _group(spec: FineTuneSpec, pool: NodePool, config: OperatorConfig, labels: d
         "minReplicas": pool.nodes,
         "maxReplicas": pool.nodes,
         "rayStartParams": parameters,
-        "template": worker_pod(spec, pool, config, labels),
+        "template": kept_away(worker_pod(spec, pool, config, labels), avoided),
     }
 
 

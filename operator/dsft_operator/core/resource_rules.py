@@ -6,6 +6,7 @@ from typing import Any
 from dsft_api.conditions import ConditionType, FailureClass, Phase, Reason
 from dsft_operator.config import OperatorConfig
 from dsft_operator.core import attempts
+from dsft_operator.core.avoidance import forgiven
 from dsft_operator.core.decision import Decision, DeleteCluster, RemoveFinalizer, StopJob
 from dsft_operator.core.failures import Cause, report_of
 from dsft_operator.core.naming import FINALIZER
@@ -48,6 +49,7 @@ def finished(seen: Observed, now: datetime, _config: OperatorConfig) -> Decision
     if spec is not None and has_failed and not run.problems and spec.retry.token not in (None, status.retry_token):
         message = "retry.token is new: going on from the last commit"
         changes: dict[str, Any] = {"completion_time": None, "retry_token": spec.retry.token, "retries": 0}
+        changes |= forgiven(status)
         wish = report(run, now, Phase.PENDING, Reason.RESTARTING, message, **changes)
         return Decision(status=wish, requeue_after=0)
     judged = acknowledged(run, now)

@@ -7,6 +7,7 @@ import re
 
 from dsft_api.conditions import WAITS, FailureClass, Reason
 from dsft_api.spec import FineTuneSpec
+from dsft_operator.core.avoidance import words as kept_away_from
 from dsft_operator.core.observed import Cluster, Head, Observed, Pod, Queueing, Unknown
 from dsft_operator.core.summary import Fact
 
@@ -29,6 +30,8 @@ def explain(spec: FineTuneSpec, seen: Observed, cluster: Cluster) -> Fact:
         short = _short(spec, cluster, seen.pods)
     remedy = WAITS.get(reason)
     text = ": ".join(filter(None, (short, words[:_SHOWN])))
+    if reason == FailureClass.UNSCHEDULABLE:
+        text += kept_away_from(seen.run.status.avoided_nodes)
     return Fact(value=False, reason=reason, message=f"{text} -> {remedy}" if remedy else text)
 
 

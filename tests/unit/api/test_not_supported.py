@@ -24,7 +24,6 @@ NOT_YET = [
     ({"spec.execution.interconnect": {}}, "spec.execution.interconnect"),
     ({"spec.deepspeed.offload": {"optimizer": "cpu"}}, "spec.deepspeed.offload.optimizer"),
     ({"spec.deepspeed.offload": {"params": "cpu"}}, "spec.deepspeed.offload.params"),
-    ({"spec.nodePools": [{"name": "gpu", "avoidFailedNodes": True}]}, "spec.nodePools[].avoidFailedNodes"),
     ({"spec.export.mergeLora": False}, "spec.export.mergeLora"),
     ({"spec.export.pushToHub": {"repoId": "a/b"}}, "spec.export.pushToHub"),
     ({"spec.tracking.mlflow": {"trackingUri": "http://m"}}, "spec.tracking.mlflow"),

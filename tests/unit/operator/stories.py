@@ -190,9 +190,19 @@ def deleted(at: Phase) -> Story:
     return Story(None, queue, user, facts, submissions=int(not never), clusters=int(at is not Phase.PENDING))
 
 
+AVOIDS = {"nodePools": [{"name": "gpu", "nodes": 2, "gpusPerNode": 1, "avoidFailedNodes": True}]}
+
+
+def gpu_fault(world: World) -> None:
+    """The rank in a pod tells that its GPU has a fault."""
+    world.pods = (Pod(f"{NAME}-gpu-1", "worker", "gpu", node="node-1", ready=True),)
+    world.lose_worker("GpuFault", host=f"{NAME}-gpu-1")
+
+
 FAILURES: dict[str, Story] = {
     "nothing fails": Story(),
     "a worker is lost": Story(user=at_step(1, World.lose_worker), submissions=2),
+    "a GPU has a fault": Story(spec=AVOIDS, user=at_step(1, gpu_fault), submissions=2, clusters=2),
     "the head restarts": Story(user=at_step(1, World.restart_head), submissions=2),
     "the cluster is deleted": Story(user=at_step(1, World.lose_cluster), submissions=2, clusters=2),
     "the head falls silent": Story(user=at_step(1, falls_silent), submissions=2, clusters=2),

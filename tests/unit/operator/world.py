@@ -258,7 +258,7 @@ class World:
         cluster.saves.clear()
         cluster.progress = None
 
-    def lose_worker(self, failure_class: str = "WorkerLost") -> None:
+    def lose_worker(self, failure_class: str = "WorkerLost", host: str | None = None) -> None:
         """The driver fails and says why."""
         for cluster in self.clusters.values():
             for submission, state in cluster.jobs.items():
@@ -268,6 +268,7 @@ class World:
                         message="rank 1 is gone",
                         remedy="nothing",
                         exit_code=1,
+                        host=host,
                     )
                     attempt = int(submission.rpartition("a")[2])
                     self.end(cluster, submission, "FAILED")
