@@ -51,13 +51,14 @@ def kept_away(template: Json, nodes: Sequence[str]) -> Json:
     """A pod template whose pods go to none of these nodes, whatever else its affinity asks for."""
     if not nodes:
         return template
-    rule: Json = {"key": "kubernetes.io/hostname", "operator": "NotIn", "values": list(nodes)}
+    # By name, which the label kubernetes.io/hostname need not be; the API server takes one value per requirement.
+    rules: list[Json] = [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in nodes]
     affinity: Json = template["spec"].get("affinity") or {}
     node: Json = affinity.get("nodeAffinity") or {}
     required: Json = node.get(_REQUIRED) or {}
     terms: list[Json] = required.get("nodeSelectorTerms") or [{}]
     # Terms are alternatives: each has to keep away.
-    kept: list[Json] = [{**term, "matchExpressions": [*term.get("matchExpressions", ()), rule]} for term in terms]
+    kept: list[Json] = [{**term, "matchFields": [*term.get("matchFields", ()), *rules]} for term in terms]
     wanted: Json = {**node, _REQUIRED: {**required, "nodeSelectorTerms": kept}}
     return {**template, "spec": {**template["spec"], "affinity": {**affinity, "nodeAffinity": wanted}}}
 

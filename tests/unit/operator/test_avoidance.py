@@ -79,7 +79,7 @@ def test_the_last_nodes_are_kept_also_when_their_attempts_are_forgotten() -> Non
     assert avoided(FineTuneStatus(avoided_nodes=nodes), spec) == nodes
 
 
-RULE = {"key": "kubernetes.io/hostname", "operator": "NotIn", "values": ["a", "b"]}
+RULES = [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in ("a", "b")]
 ZONE = {"key": "zone", "operator": "In", "values": ["z"]}
 REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
 
@@ -87,11 +87,11 @@ REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
 @pytest.mark.parametrize(
     ("affinity", "terms"),
     [
-        (None, [{"matchExpressions": [RULE]}]),
-        ({"podAntiAffinity": {"x": 1}}, [{"matchExpressions": [RULE]}]),
+        (None, [{"matchFields": RULES}]),
+        ({"podAntiAffinity": {"x": 1}}, [{"matchFields": RULES}]),
         (
             {"nodeAffinity": {REQUIRED: {"nodeSelectorTerms": [{"matchExpressions": [ZONE]}, {"matchFields": [1]}]}}},
-            [{"matchExpressions": [ZONE, RULE]}, {"matchFields": [1], "matchExpressions": [RULE]}],
+            [{"matchExpressions": [ZONE], "matchFields": RULES}, {"matchFields": [1, *RULES]}],
         ),
     ],
 )
@@ -122,7 +122,7 @@ def test_the_next_attempt_is_made_elsewhere() -> None:
     assert seen.run.spec is not None
     groups = ray_cluster(seen.run, seen.run.spec, CONFIG, 2)["spec"]["workerGroupSpecs"]
     (term,) = groups[0]["template"]["spec"]["affinity"]["nodeAffinity"][REQUIRED]["nodeSelectorTerms"]
-    assert term == {"matchExpressions": [{**RULE, "values": ["node-2"]}]}
+    assert term == {"matchFields": [{"key": "metadata.name", "operator": "NotIn", "values": ["node-2"]}]}
 
 
 def test_a_pool_that_does_not_ask_for_it_keeps_its_cluster() -> None:
