@@ -34,15 +34,21 @@ WHOLE: dict[str, Any] = {
     "progress": {"step": 210, "totalSteps": 400, "epoch": 0.52, "percent": 52.5, "loss": 1.5, "learningRate": 1e-05},
     "evaluation": {"step": 200, "metrics": {"loss": 1.25}},
     "checkpointRequest": "now",
-    "checkpoints": {"latest": CHECKPOINT, "best": CHECKPOINT, "retained": [CHECKPOINT]},
+    "checkpoints": {
+        "latest": CHECKPOINT,
+        "best": CHECKPOINT,
+        "retained": [CHECKPOINT],
+        "damaged": ["step-00000100-a1.g1"],
+    },
     "output": {"uri": "s3://b/p/export", "format": "safetensors", "bytes": 1, "digest": "sha256:3"},
     "attempts": [
         {"number": 1, "incarnation": 1, "startTime": TIME, "endTime": TIME, "fromStep": 0, "toStep": 200}
         | {"class": "WorkerLost", "nodes": ["n1"], "exitCode": 1, "message": "a worker was lost"}
-        | {"evidence": "s3://b/p/logs/attempt-1/last-lines-driver.txt"},
+        | {"evidence": "s3://b/p/logs/attempt-1/last-lines-driver.txt", "failedNodes": ["n1"]},
         {"number": 2, "incarnation": 1, "startTime": TIME, "fromStep": 200, "nodes": ["n1"], "gpus": 8, "spent": SPENT}
         | {"restarts": 1, "losses": [{"class": "Hang", "step": 205, "time": TIME, "message": "no step in 60 s"}]},
     ],
+    "avoidedNodes": ["n1"],
     "retries": 1,
     "retryToken": "again",
     "usage": {"trainedSeconds": 5.5, "gpuSeconds": 10.5, "wastedGpuSeconds": 0.5, "goodput": 0.95}
