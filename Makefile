@@ -44,11 +44,15 @@ e2e-smoke: venv ## On a cluster: the quickstart from kubectl apply to the export
 
 .PHONY: e2e
 e2e: venv ## On a cluster: also failures, suspend, kills of the operator, the dsft command
-	$(BIN)/python -m pytest tests/e2e -v -m "not long"
+	$(BIN)/python -m pytest tests/e2e -v -m "not long and not fault"
 
 .PHONY: e2e-long
 e2e-long: venv ## On a cluster: what takes longer
 	$(BIN)/python -m pytest tests/e2e -v -m long
+
+.PHONY: e2e-faults
+e2e-faults: venv ## On a cluster: everything that can break under a run, one after the other, and a table of what was seen
+	$(BIN)/python -m pytest tests/e2e -v -m fault
 
 ##@ Develop
 

@@ -1,4 +1,4 @@
-"""A proxy before a real S3 server: it refuses, holds up, loses or answers nothing, as a test chooses."""
+"""A proxy before a real S3 server: it refuses, holds up, slows down, loses or answers nothing, as a test chooses."""
 
 import http.client
 import threading
@@ -60,22 +60,36 @@ class Gate:
         return answer
 
 
-class FaultyS3:
-    """`refuse` judges each request by method and path; `hold` puts a gate in the way; until `down_until` nothing is answered."""
+@dataclass(frozen=True)
+class Line:
+    """A slow line to the server: what each request waits, and what all bodies share."""
 
-    def __init__(self, upstream: str) -> None:
+    seconds: float
+    bytes_per_second: float
+
+
+class FaultyS3:
+    """`refuse` judges each request by method and path; `hold` puts a gate in the way; until `down_until` nothing is answered.
+
+    `line` slows all of them down.
+    """
+
+    def __init__(self, upstream: str, address: str = "127.0.0.1") -> None:
         self.refuse: Judge = lambda _method, _path: False
         self.seconds_per_put = 0.0
         self.down_until = 0.0
+        self.line: Line | None = None
         self.refused: list[str] = []
         self._gates: list[Gate] = []
         self._upstream = urlsplit(upstream).netloc
-        self._server = _Server(("127.0.0.1", 0), self._handler())
+        self._transfer = threading.Lock()
+        self._address = address
+        self._server = _Server((address, 0), self._handler())
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        return f"http://{self._address}:{self._server.server_address[1]}"
 
     def hold(self, matches: Judge, *, replies: bool = False) -> Gate:
         """A gate for the requests of this kind."""
@@ -108,15 +122,26 @@ class FaultyS3:
         return gate.lead(Held(path, port), lambda: self._ask(method, path, body, headers))
 
     def _ask(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> _Answer | None:
+        if self.line is not None:
+            threading.Event().wait(self.line.seconds)
+        self._carry(body)
         upstream = http.client.HTTPConnection(self._upstream, timeout=60)
         try:
             upstream.request(method, path, body, headers)
             got = upstream.getresponse()
-            return got.status, got.getheaders(), got.read()
+            found = got.read()
+            self._carry(found)
+            return got.status, got.getheaders(), found
         except (OSError, http.client.HTTPException):
             return None
         finally:
             upstream.close()
+
+    def _carry(self, body: bytes) -> None:
+        """Take the time that the line takes for a body."""
+        if self.line is not None:
+            with self._transfer:
+                threading.Event().wait(len(body) / self.line.bytes_per_second)
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         proxy = self
@@ -163,9 +188,9 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def faulty(upstream: str) -> Iterator[FaultyS3]:
-    """For the length of a test."""
-    proxy = FaultyS3(upstream)
+def faulty(upstream: str, address: str = "127.0.0.1") -> Iterator[FaultyS3]:
+    """For the length of a test, on an address of this machine."""
+    proxy = FaultyS3(upstream, address)
     try:
         yield proxy
     finally:

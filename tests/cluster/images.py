@@ -54,8 +54,13 @@ def start_registry() -> Process:
     if (FOLDERS.kept_registry / "docker").exists():
         _run("docker-registry", "garbage-collect", "--delete-untagged", str(config))
     process = Process.start(FOLDERS.state, "registry", ["docker-registry", "serve", config], stays=True)
-    process.wait_until(lambda: answers(f"http://{REGISTRY_ADDRESS}/v2/"), _START_SECONDS)
+    process.wait_until(registry_answers, _START_SECONDS)
     return process
+
+
+def registry_answers() -> bool:
+    """Whether images can be pulled."""
+    return answers(f"http://{REGISTRY_ADDRESS}/v2/")
 
 
 def build_and_push() -> Images:

@@ -126,6 +126,18 @@ def end_recorded(folder: Path, grace: float = 10.0) -> list[str]:
     return last_first
 
 
+def restart_recorded(folder: Path, name: str, meanwhile: Callable[[], None]) -> Process:
+    """Kill a recorded process that stays, and start it again as it was; it is down while `meanwhile` runs."""
+    pid = recorded(folder)[name]
+    argv = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")[:-1]
+    os.kill(pid, signal.SIGKILL)
+    try:
+        meanwhile()
+    finally:
+        process = Process.start(folder, name, argv, stays=True)
+    return process
+
+
 def dies_with_us() -> list[str]:
     """The start of an argv that has the kernel kill the program when the thread that started it ends."""
     setpriv = shutil.which("setpriv")

@@ -148,7 +148,12 @@ def _own_storage() -> Storage:
 def _runs() -> bool:
     """Whether a cluster came up whole, and nothing of it has ended since."""
     alive = all(names <= recorded(folder).keys() for folder, names in _PROCESSES.items())
-    return _UP.exists() and alive and answers(f"https://{ADDRESS}:{API_PORT}/readyz")
+    return _UP.exists() and alive and api_server_answers()
+
+
+def api_server_answers() -> bool:
+    """Whether the cluster's API server is ready."""
+    return answers(f"https://{ADDRESS}:{API_PORT}/readyz")
 
 
 def _clear() -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from tests.e2e.manifests import Assets
 from tests.e2e.quickstart import Finished, run_quickstart
 from tests.e2e.s3 import Bucket
 from tests.e2e.tenant import Tenant
+from tests.e2e.trial import HEADER, Lines, Row, Trial, train_undisturbed
 
 HERE = Path(__file__).resolve().parent
 # Marks the namespaces, so that the next session removes what a killed one left.
@@ -45,6 +46,7 @@ class World:
 
 
 _WORLD = pytest.StashKey[World]()
+_FAULTS = pytest.StashKey[list[Row]]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -75,10 +77,16 @@ def pytest_runtest_makereport(
     report = yield
     values: dict[str, Any] = getattr(item, "funcargs", {})
     tenants = [value for value in values.values() if isinstance(value, Tenant)]
-    tenants += [value.tenant for value in values.values() if isinstance(value, Finished | Followed)]
+    tenants += [value.tenant for value in values.values() if isinstance(value, Finished | Followed | Trial)]
     if report.failed and call.when == "call" and tenants:
         report.sections.append((f"namespace {tenants[0].namespace}", story(tenants[0], values["operator"])))
     return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print what was seen of each fault."""
+    if rows := config.stash.get(_FAULTS, []):
+        terminalreporter.write_line("\n".join([HEADER, *map(str, rows)]))
 
 
 @pytest.fixture(scope="session")
@@ -178,6 +186,21 @@ def followed(tenants: Tenants, assets: Assets, tmp_path_factory: pytest.TempPath
     """A tiny run, followed by the `dsft` command and finished."""
     with tenants() as tenant:
         yield follow(tenant, assets, tmp_path_factory.mktemp("followed"))
+
+
+@pytest.fixture(scope="session")
+def reference(tenants: Tenants, assets: Assets) -> Lines:
+    """What each step of the runs that are disturbed should be, by one that is not."""
+    with tenants() as tenant:
+        return train_undisturbed(tenant, assets)
+
+
+@pytest.fixture
+def trial(tenant: Tenant, assets: Assets, tmp_path: Path, pytestconfig: pytest.Config) -> Iterator[Trial]:
+    """A run in the test's own namespace, for the test to break something under it."""
+    book = pytestconfig.stash.setdefault(_FAULTS, [])
+    with ExitStack() as stack:
+        yield Trial(tenant, assets, tmp_path, book, stack)
 
 
 def _pull(world: World) -> None:

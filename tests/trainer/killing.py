@@ -17,7 +17,17 @@ import pytest
 
 from dsft_trainer.checkpoint.commits import Claim
 from tests.trainer import tiny
-from tests.trainer.runs import PATIENCE_SECONDS, Manifest, Run, causal_lm, family, is_alive, kill_session, wait_until
+from tests.trainer.runs import (
+    PATIENCE_SECONDS,
+    Manifest,
+    Run,
+    causal_lm,
+    family,
+    is_alive,
+    kill_session,
+    timeless,
+    wait_until,
+)
 
 STEPS = 60
 SEED = 1
@@ -116,10 +126,6 @@ def lines_by_step(run: Run, kind: str) -> dict[int, dict[str, Any]]:
     """What the reference stored, without what the clock decides."""
     (claim,) = run.claims()
     return {line["step"]: timeless(line) for line in run.metrics(claim.id) if line["kind"] == kind}
-
-
-def timeless(line: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in line.items() if name != "tokens_per_second"}
 
 
 @dataclass(frozen=True)

@@ -151,8 +151,7 @@ class Run:
 
     def metrics(self, claim: ClaimId) -> list[dict[str, Any]]:
         """The lines that a group start stored, in order."""
-        keys = [entry.key for entry in self.store.list("metrics") if entry.key.startswith(f"metrics/{claim}-")]
-        return [json.loads(line) for key in keys for line in (self.store.get_bytes(key) or b"").splitlines()]
+        return metrics_of(self.store, claim)
 
     def losses(self) -> list[float]:
         """The training loss of every step of a run that was never interrupted."""
@@ -167,25 +166,38 @@ class Run:
     def assert_commits_whole(self) -> None:
         """Every commit that counts has every file it lists, bit for bit. Also while the run goes on."""
         for name in (commit.name for commit in read_commits(self.store)):
-            fault = self._fault_of(name)
+            fault = fault_of(self.store, name)
             # Retention takes COMMIT.json away before anything else.
             assert not fault or self.store.get_bytes(f"{CHECKPOINTS}/{name}/{COMMIT_FILE}") is None, fault
 
-    def _fault_of(self, name: str) -> str | None:
-        folder = f"{CHECKPOINTS}/{name}"
-        manifest = self.store.get_bytes(f"{folder}/{COMMIT_FILE}")
-        if manifest is None:
-            return None
-        commit = Commit.model_validate_json(manifest)
-        if {file.rank for file in commit.files} != set(range(commit.world_size)):
-            return f"{name} lacks the files of a rank"
-        sizes = {entry.key: entry.size for entry in self.store.list(folder)}
-        for file in commit.files:
-            key = f"{folder}/{file.path}"
-            digest = hashlib.sha256(self.store.get_bytes(key) or b"").hexdigest()
-            if sizes.get(key) != file.size or digest != file.sha256:
-                return f"{key} is not what was committed"
+
+def metrics_of(store: Store, claim: ClaimId) -> list[dict[str, Any]]:
+    """The lines that a group start stored, in order."""
+    keys = [entry.key for entry in store.list("metrics") if entry.key.startswith(f"metrics/{claim}-")]
+    return [json.loads(line) for key in keys for line in (store.get_bytes(key) or b"").splitlines()]
+
+
+def timeless(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of the metrics without what the clock decides."""
+    return {name: value for name, value in line.items() if name != "tokens_per_second"}
+
+
+def fault_of(store: Store, name: str) -> str | None:
+    """What is wrong with a committed checkpoint; None also where it is not committed."""
+    folder = f"{CHECKPOINTS}/{name}"
+    manifest = store.get_bytes(f"{folder}/{COMMIT_FILE}")
+    if manifest is None:
         return None
+    commit = Commit.model_validate_json(manifest)
+    if {file.rank for file in commit.files} != set(range(commit.world_size)):
+        return f"{name} lacks the files of a rank"
+    sizes = {entry.key: entry.size for entry in store.list(folder)}
+    for file in commit.files:
+        key = f"{folder}/{file.path}"
+        digest = hashlib.sha256(store.get_bytes(key) or b"").hexdigest()
+        if sizes.get(key) != file.size or digest != file.sha256:
+            return f"{key} is not what was committed"
+    return None
 
 
 def family(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
