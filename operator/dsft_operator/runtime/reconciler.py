@@ -169,7 +169,10 @@ class Reconciler:
 
     async def _observe_ray(self, seen: Observed, cluster: Cluster) -> Observed:
         if not cluster.head_ready or cluster.head_address is None:
-            return replace(seen, head=Unknown(cluster.head_message or "the head pod is not ready"))
+            # Alone, the words of KubeRay may be no more than "Unknown".
+            return replace(
+                seen, head=Unknown(": ".join(filter(None, ("the head pod is not ready", cluster.head_message))))
+            )
         address = cluster.head_address
         try:
             token = await self._kube.token(cluster.uid)

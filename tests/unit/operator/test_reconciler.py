@@ -85,6 +85,17 @@ def test_a_run_goes_on_after_a_loss(fault: str) -> None:
     ]
 
 
+def test_a_head_that_is_not_ready_is_called_so_in_a_whole_sentence() -> None:
+    """KubeRay's own words may be no more than "Unknown", as after an outage of the API server."""
+    world = World()
+    run_until(world, Phase.RUNNING)
+    (found,) = world.clusters.values()
+    found.age, found.head_message = 0, "Unknown"
+    asyncio.run(world.reconciler().reconcile(KEY))
+    assert world.seen_status.phase is Phase.RUNNING
+    assert world.seen_status.message == "the head pod is not ready: Unknown"
+
+
 def reached(phase: Phase) -> World:
     """A run in a phase, by the way that leads there."""
     world = World({"queue": {"name": "team-a"}} if phase is Phase.QUEUED else {})

@@ -50,6 +50,7 @@ class RayCluster:
     session: int = 1
     jobs: dict[str, str] = field(default_factory=dict[str, str])
     ended: dict[str, datetime] = field(default_factory=dict[str, datetime])
+    head_message: str = ""
     dead_since: datetime | None = None  # one of its nodes: the pod there never ends
     token_of: str | None = None  # the cluster whose Secret its pods started with
     progress: Progress | None = None
@@ -391,6 +392,7 @@ class FakeKube:
             created=found.created,
             seen_by_kuberay=found.seen,
             head_ready=found.ready,
+            head_message=found.head_message,
             ready_workers=2 - (found.dead_since is not None) if found.ready else 0,
             desired_workers=2,
             head_address=name if found.ready else None,
