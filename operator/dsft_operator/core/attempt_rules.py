@@ -338,7 +338,9 @@ def _stopped(seen: Observed, now: datetime, job: RayJob, cause: Cause) -> Decisi
 
 def _message(progress: Progress) -> str:
     if progress.phase.phase is Phase.RUNNING and progress.progress is not None:
-        return f"step {progress.progress.step} of {progress.progress.total_steps}"
+        step = f"step {progress.progress.step} of {progress.progress.total_steps}"
+        # Of a save before it that storage is slow to take, say: a wait like any other, which says what it is for.
+        return f"{step}; training waits for a checkpoint to be saved" if progress.phase is TrainerPhase.SAVING else step
     return progress.message or str(progress.phase)
 
 

@@ -427,6 +427,13 @@ def test_the_last_commit_of_a_preempted_attempt_is_heard() -> None:
     assert seen.run.status.retries == 0
 
 
+def test_training_that_waits_for_storage_says_so() -> None:
+    seen, _ = after(replace(submitted(), progress=told(TrainerPhase.SAVING, step=7)))
+    assert seen.run.status.message == "step 7 of 100; training waits for a checkpoint to be saved"
+    seen, _ = after(replace(seen, progress=told(TrainerPhase.TRAINING, step=8)))
+    assert seen.run.status.message == "step 8 of 100"
+
+
 def test_waiting_for_the_next_attempt_is_told_with_its_time() -> None:
     decision = plan(next_attempt(), NOW + timedelta(seconds=1), CONFIG)
     assert decision.requeue_after == 9
