@@ -129,6 +129,8 @@ def _pod(image: str) -> Manifest:
             {"name": "DSFT_CONFIG", "value": "/etc/dsft/config.yaml"},
         ],
         "ports": [{"name": "http", "containerPort": OperatorConfig().http_port}],
+        # On a node that starts many pods at once, as after a drain, it takes a minute to come up: no reason to begin anew.
+        "startupProbe": {"httpGet": {"path": "/healthz", "port": "http"}, **probe, "failureThreshold": 60},
         "readinessProbe": {"httpGet": {"path": "/readyz", "port": "http"}, **probe},
         "livenessProbe": {"httpGet": {"path": "/healthz", "port": "http"}, "failureThreshold": 6, **probe},
         "resources": {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"memory": "512Mi"}},
