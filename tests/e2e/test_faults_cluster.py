@@ -54,6 +54,8 @@ def test_s3_is_down_for_two_minutes(trial: Trial, reference: Lines) -> None:
         trial.hit()
         s3.down_until = time.monotonic() + OUTAGE_SECONDS
         status = trial.finish(f"S3 down for {OUTAGE_SECONDS:.0f} s")
+    told = [look.status.message or "" for look in trial.watcher.looks]
+    assert any("training waits for a checkpoint to be saved" in message for message in told)
     assert classes(status) == [None]
     assert losses(status.attempts[0]) == []
     assert trial.steps_lost() == 0

@@ -48,16 +48,17 @@ class Row:
     fault: str
     seen: str
     seconds: str
+    standstill: str
     lost: str
     attempts: str
 
     def __str__(self) -> str:
-        return f"| {self.fault} | {self.seen} | {self.seconds} | {self.lost} | {self.attempts} |"
+        return f"| {self.fault} | {self.seen} | {self.seconds} | {self.standstill} | {self.lost} | {self.attempts} |"
 
 
 HEADER = (
-    "| Fault | Phases in `kubectl get dsft -w` since | Seconds to the next step | Steps lost | Attempts |\n"
-    "|---|---|---|---|---|"
+    "| Fault | Phases in `kubectl get dsft -w` since | Seconds to the next step | Longest standstill | Steps lost | Attempts |\n"
+    "|---|---|---|---|---|---|"
 )
 
 
@@ -104,17 +105,18 @@ class Trial:
 
     def enter(self, fault: str, status: FineTuneStatus) -> None:
         """Write down what was seen of a run that goes on, or went on to its end."""
-        self._enter(fault, f"{self.seconds_to_next_step():.0f}", str(self.steps_lost()), story(status))
+        seconds, still = f"{self.seconds_to_next_step():.0f}", f"{self.longest_standstill():.0f}"
+        self._enter(fault, seconds, still, str(self.steps_lost()), story(status))
 
     def enter_gone(self, fault: str) -> None:
         """Write down that the run is gone, as was wished."""
         seconds = (datetime.now(UTC) - self.hit_at).total_seconds()
-        self._enter(fault, f"gone after {seconds:.0f}", "-", "-")
+        self._enter(fault, f"gone after {seconds:.0f}", "-", "-", "-")
 
-    def _enter(self, fault: str, seconds: str, lost: str, attempts: str) -> None:
+    def _enter(self, fault: str, *told: str) -> None:
         table = self.watcher.table
         later = "\n".join(table.splitlines()[max(0, self.hit_lines - 1) :])
-        row = Row(fault, ", ".join(phases(later)), seconds, lost, attempts)
+        row = Row(fault, ", ".join(phases(later)), *told)
         print(f"kubectl get dsft {NAME} -w\n{table}\n{HEADER}\n{row}")
         self.book.append(row)
 
@@ -132,6 +134,15 @@ class Trial:
         known = self._trained_before(claims[-1]) if len(claims) > 1 else self.hit_step
         later = (look.at for look in self.watcher.looks if look.at > since and look.step > known)
         return (next(later) - self.hit_at).total_seconds()
+
+    def longest_standstill(self) -> float:
+        """Seconds for which no step was told that was new, at most, since the fault: it may be felt long after it came."""
+        step, since, longest = self.hit_step, self.hit_at, 0.0
+        for look in self.watcher.looks:
+            if look.at > self.hit_at and look.step > step:
+                longest = max(longest, (look.at - since).total_seconds())
+                step, since = look.step, look.at
+        return longest
 
     def steps_lost(self) -> int:
         """Steps that were trained again, over all starts of the ranks."""
