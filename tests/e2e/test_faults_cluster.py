@@ -32,7 +32,10 @@ def disposable(world: World) -> None:
 
 
 def test_the_node_is_drained_and_comes_back(trial: Trial, reference: Lines, operator: Install) -> None:
-    """The run commits before its pods go, waits, says for what, and goes on. The operator's pod is evicted as well."""
+    """The run commits before its pods go, waits, says for what, and goes on.
+
+    The operator's pod is evicted as well: Preempted if it heard the driver's last word, else it finds that the head is another.
+    """
     trial.begin()
     trial.hit()
     try:
@@ -42,7 +45,9 @@ def test_the_node_is_drained_and_comes_back(trial: Trial, reference: Lines, oper
         trial.tenant.kubectl("uncordon", NODE)
     operator.wait_ready()
     status = trial.finish("node drained, and back")
-    assert classes(status) == [FailureClass.PREEMPTED, None]
+    first, second = classes(status)
+    assert first in (FailureClass.PREEMPTED, FailureClass.HEAD_LOST)
+    assert second is None
     assert trial.steps_lost() == 0
     trial.assert_same_training(reference)
 
