@@ -8,7 +8,7 @@ from tests.cluster.operator_install import Install
 from tests.e2e.breaking import eat_memory, hold, stop_a_rank, workers
 from tests.e2e.manifests import pool
 from tests.e2e.test_host_memory import WAYS
-from tests.e2e.trial import NAME, Lines, Trial, classes, losses
+from tests.e2e.trial import NAME, STEPS, Lines, Trial, classes, losses
 
 pytestmark = pytest.mark.fault
 
@@ -101,7 +101,8 @@ def test_a_rank_hangs(trial: Trial, reference: Lines) -> None:
 def test_memory_runs_out_in_a_worker_pod(trial: Trial, reference: Lines, way: str) -> None:
     """Something else in the pod takes it, once. Ray's monitor or the kernel kills the rank: one more attempt, which ends well."""
     pools = [pool("cpu", 2, resources={"requests": {"cpu": "250m"}, "limits": {"memory": MEMORY}})]
-    trial.begin(edits={"spec.nodePools": pools, **WAYS[way]})
+    # Eating takes half a minute.
+    trial.begin(steps=4 * STEPS, edits={"spec.nodePools": pools, **WAYS[way]})
     trial.hit()
     eat_memory(trial.tenant, workers(trial.tenant)[0])
     status = trial.finish(f"memory ran out in a worker pod ({way})")
