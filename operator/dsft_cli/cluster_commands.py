@@ -67,6 +67,9 @@ def save(
 ) -> None:
     """Have a run commit a checkpoint at its next step, and go on. Exit code 1 if the run ended or stopped without it."""
     client, request = _connect(namespace), f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
+    if _asked(client.get, name)["spec"].get("program"):
+        err.print(f"{name} runs a program of its own (spec.program), which decides itself when it saves", style="red")
+        raise typer.Exit(ExitCode.BAD_INPUT)
     status = _status(_asked(client.ask_for_checkpoint, name, request))
     if wait:
         idle = (Phase.SUSPENDED, Phase.SUCCEEDED, Phase.FAILED)

@@ -72,7 +72,10 @@ def _watch(run: LocalRun, job: Job, trainer: "subprocess.Popen[bytes]", view: Vi
         time.sleep(POLL_SECONDS)
     # A process that a signal killed has a negative code, which is no exit code of ours.
     code = code if code >= 0 else int(ExitCode.OTHER)
-    write_status(run, _next_status(run, read_progress(run) or _silence(run, job), code, gpus=gpus))
+    last = read_progress(run)
+    # A trainer that ended before its first word leaves that of the attempt before it.
+    told = last if last is not None and last.attempt == job.attempt else _silence(run, job)
+    write_status(run, _next_status(run, told, code, gpus=gpus))
     return code
 
 

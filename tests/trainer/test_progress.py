@@ -108,3 +108,19 @@ def test_each_second_is_charged_and_a_commit_holds_what_was_trained_before_its_s
     spent = pass_time(6, checkpoints=latest(4))
     assert spent == Spent(**expected | {"useful_seconds": 145}, uncommitted_seconds=6)
     reporter.close()
+
+
+def test_a_start_that_has_not_said_its_claim_is_not_superseded_by_it(tmp_path: Path) -> None:
+    """The second start of an attempt opens with the number of the first one, and claims the next while it is looked for."""
+    store = open_store(tmp_path.as_uri())
+    make_claim(store, 1, None, 1)
+    mine = make_claim(store, 1, None, 1)
+    told: queue.Queue[TrainerError] = queue.Queue()
+    reporter = Reporter(FIRST, lambda _: None, store, told.put)
+    reporter.update(message="opening")
+    wait_until(lambda: "opening" in str(store.get_bytes("progress.json")), "the document", 30)
+    assert told.empty()
+    reporter.claimed(mine)
+    make_claim(store, 1, None, 1)
+    reporter.close()
+    assert "a1.g3 has taken this run over from a1.g2" in told.get(timeout=30).message

@@ -11,6 +11,9 @@ import traceback
 from dsft_api.conditions import ExitCode, FailureClass
 from dsft_api.progress import TrainerFailure
 
+# Of a report; the URI of a deep folder may be longer.
+MAX_EVIDENCE = 1024
+
 
 class TrainerError(Exception):
     """Ends the attempt with the class's exit code.
@@ -46,7 +49,7 @@ class TrainerError(Exception):
             rank=self.rank if rank is None else rank,
             # Whoever tells its rank is that rank.
             host=self.host if rank is None else socket.gethostname(),
-            evidence=self.evidence,
+            evidence=self.evidence if len(self.evidence or "") <= MAX_EVIDENCE else None,
         )
 
     @staticmethod

@@ -15,6 +15,7 @@ from types import TracebackType
 from dsft_api.job import Job
 from dsft_api.layout import attempt_logs
 from dsft_api.progress import Progress
+from dsft_trainer.bounded import within
 from dsft_trainer.checkpoint.store import Store, store_of
 
 log = logging.getLogger(__name__)
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 SHIP_SECONDS = 30.0
 TAIL_BYTES = 2**20
 LAST_LINES = 50
+KEEP_SECONDS = 15.0
 
 
 def output_files() -> tuple[Path, ...]:
@@ -81,15 +83,15 @@ class LogShipper:
 def keep_last_lines(job: Job, name: str, files: Sequence[Path]) -> str | None:
     """Put the last lines that a process printed beside the attempt's logs; where they are, None where storage fails."""
     key = f"{attempt_logs(job.attempt)}/last-lines-{name}.txt"
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    try:
+
+    def keep() -> str:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
         store = store_of(job).impatient()
         store.put_bytes(key, b"".join(_last_lines(file) for file in files))
-    except Exception as error:  # noqa: BLE001  what went wrong before is what matters
-        log.warning("%s could not be written: %s", key, error)
-        return None
-    return f"{store.uri}/{key}"
+        return f"{store.uri}/{key}"
+
+    return within(KEEP_SECONDS, keep)
 
 
 def _last_lines(file: Path) -> bytes:

@@ -48,6 +48,7 @@ class Reporter:
         self._publish = publish
         self._store = store
         self._superseded = superseded
+        self._claim: ClaimId | None = None
         self._published = 0.0
         self._logged = 0.0
         self._changed = threading.Event()
@@ -61,6 +62,10 @@ class Reporter:
     def progress(self) -> Progress:
         """The current document."""
         return self._progress
+
+    def claimed(self, claim: ClaimId) -> None:
+        """This start has claimed the run: from now on a newer start of the same attempt has taken it over, too."""
+        self._claim = claim
 
     def update(self, *, now: bool = True, **changes: Any) -> None:
         """Change fields of the document and pass it on; with `now=False` only if the last time is a while ago."""
@@ -120,10 +125,11 @@ class Reporter:
     def _put(self) -> bool:
         """Write the document, unless another start has taken the run over; whether none has."""
         document = self._progress
-        mine = ClaimId(attempt=document.attempt, group=document.group)
+        mine = self._claim or ClaimId(attempt=document.attempt, group=document.group)
         try:
             newer = superseding(self._store, mine)
-            if newer is None:
+            # Before this start has said its own claim, one of this attempt may be that very claim.
+            if newer is None or (self._claim is None and newer.attempt == mine.attempt):
                 text = document.model_dump_json(by_alias=True, exclude_none=True, indent=1)
                 self._store.put_bytes(PROGRESS_FILE, text.encode())
                 return True
@@ -140,6 +146,9 @@ def _latest(progress: Progress) -> CheckpointRef | None:
 
 class SilentReporter:
     """What the other ranks have: says nothing."""
+
+    def claimed(self, claim: ClaimId) -> None:
+        """Nothing."""
 
     def update(self, *, now: bool = True, **changes: Any) -> None:
         """Nothing."""

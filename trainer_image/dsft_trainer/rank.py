@@ -26,6 +26,7 @@ from dsft_api.layout import RESULT_FILE, attempt_logs
 from dsft_api.progress import TrainerPhase
 from dsft_api.status import EvaluationStatus, Output
 from dsft_trainer import collectives
+from dsft_trainer.bounded import within
 from dsft_trainer.checkpoint.checkpointer import Checkpointer, Identity
 from dsft_trainer.checkpoint.listing import Retention, read_claims
 from dsft_trainer.checkpoint.origin import Origin, Pin, open_origin
@@ -49,7 +50,7 @@ from dsft_trainer.model import check_length, load_model, load_tokenizer
 from dsft_trainer.progress import Pace, Reporter, SilentReporter
 from dsft_trainer.runtime import Outcome, Runtime
 from dsft_trainer.versions import versions
-from dsft_trainer.watchdog import Watchdog, archived_stacks
+from dsft_trainer.watchdog import ARCHIVE_SECONDS, Watchdog, archived_stacks, hang
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +65,8 @@ def run_rank(job: Job, runtime: Runtime, device: torch.device) -> Outcome:
 
     def hung(seconds: float) -> None:
         stacks = f"{attempt_logs(job.attempt)}/stacks-{name}.txt"
-        failure = archived_stacks(store_of(job).impatient(), stacks, seconds)
-        runtime.fail(failure.report(runtime.place.rank))
+        archived = within(ARCHIVE_SECONDS, lambda: archived_stacks(store_of(job).impatient(), stacks, seconds))
+        runtime.fail((archived or hang(seconds)).report(runtime.place.rank))
 
     try:
         stall_seconds = job.spec.deadlines.stall_seconds
@@ -205,6 +206,7 @@ class _Attempt:
             ),
         )
         base = checkpointer.begin(self.job.attempt)
+        self.reporter.claimed(checkpointer.claim)
         log.info("%s starts from %s", checkpointer.claim, base.name if base else "the beginning")
         self.reporter.update(
             group=checkpointer.claim.group,

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 
 from dsft_api.conditions import FailureClass
@@ -28,6 +29,8 @@ STEPS = 20
 """So many times the median step must pass: steps of minutes are no hang."""
 MARGIN_SECONDS = 60.0
 """Collectives give up so long after the watchdog, which knows more."""
+ARCHIVE_SECONDS = 15.0
+"""How long storage may take the stacks; the hang is told without them otherwise."""
 PEERS_SECONDS = 5.0
 """How long a rank stays when it is done: the launcher ends its peers with it, whose watchdogs fire about now."""
 
@@ -80,15 +83,23 @@ class Watchdog:
             if limit > allowed:
                 # Doubled, so that it is not told anew for each step that is slower than the one before.
                 allowed = 2 * limit
-                self._outlast(allowed + MARGIN_SECONDS)
+                with suppress(Exception):  # whatever becomes of it, this thread must go on watching
+                    self._outlast(allowed + MARGIN_SECONDS)
             if time.monotonic() - self._last > limit:
                 break
         else:
             return
-        self._hung(self.limit)
-        self._stop.wait(PEERS_SECONDS)
-        # The main thread is stuck in a collective: no exception would reach it.
-        self._leave(FailureClass.HANG.failure.exit_code)
+        try:
+            self._hung(self.limit)
+            self._stop.wait(PEERS_SECONDS)
+        finally:
+            # The main thread is stuck in a collective: no exception would reach it.
+            self._leave(FailureClass.HANG.failure.exit_code)
+
+
+def hang(limit: float) -> TrainerError:
+    """Nothing finished for so many seconds."""
+    return TrainerError(FailureClass.HANG, f"no step, save or evaluation batch finished in {limit:.0f} s")
 
 
 def archived_stacks(store: Store, key: str, limit: float) -> TrainerError:
@@ -99,7 +110,7 @@ def archived_stacks(store: Store, key: str, limit: float) -> TrainerError:
         stacks = file.read()
     sys.stderr.write(stacks.decode(errors="replace"))
     sys.stderr.flush()
-    what = f"no step, save or evaluation batch finished in {limit:.0f} s"
+    what = hang(limit).message
     folder = f"{store.uri}/{key.rpartition('/')[0]}"
     try:
         store.put_bytes(key, stacks)

@@ -92,9 +92,10 @@ def running(seen: Observed, now: datetime, config: OperatorConfig) -> Decision |
         facts[ConditionType.CLUSTER_READY] = lacking
         message = f"{message.partition(_LACKING)[0]}{_LACKING}{lacking.message}"
     actions, words = saving.asked(seen, progress)
-    message = f"{message.partition(saving.MARK)[0]}{words}"
+    if not isinstance(seen.progress, Unknown):
+        message = f"{message.partition(saving.MARK)[0]}{words}"
     wish = report(run, now, phase, _REASONS[phase], message, facts, **told)
-    is_soon = job.state == "PENDING" or bool(words)
+    is_soon = job.state == "PENDING" or bool(actions) or saving.is_passed_on(seen, words)
     return Decision(actions, wish, SOON if is_soon else config.intervals.running_seconds)
 
 

@@ -53,7 +53,8 @@ def followed(status: FineTuneStatus, progress: Progress | None) -> dict[str, Any
     steps: dict[str, Any] = {"to_step": progress.progress.step} if progress.progress else {}
     if progress.group == 1:
         # Later groups of the attempt start from what it committed itself. A driver that died early names no step.
-        steps["from_step"] = max(progress.from_step, status.attempts[-1].from_step)
+        known = progress.checkpoints is not None and bool(progress.checkpoints.damaged)
+        steps["from_step"] = progress.from_step if known else max(progress.from_step, status.attempts[-1].from_step)
     steps |= {"restarts": progress.restarts, "losses": progress.losses} if progress.restarts else {}
     before = status.attempts[-1]
     last = before.model_copy(update=steps | {"spent": goodput.heard(before, progress)})
@@ -62,7 +63,9 @@ def followed(status: FineTuneStatus, progress: Progress | None) -> dict[str, Any
         "progress": progress.progress,
         "evaluation": progress.evaluation,
         # A trainer that has not listed the commits yet does not unmake them.
-        "checkpoints": told if told is not None and (told.latest is not None or told.failures) else None,
+        "checkpoints": told
+        if told is not None and (told.latest is not None or told.failures or told.damaged)
+        else None,
         "output": progress.output,
         "checkpoint_request": progress.checkpoint_request,
         "resolved": pinned(status, progress),

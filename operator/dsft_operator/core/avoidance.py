@@ -25,7 +25,9 @@ def blamed(kind: FailureClass, ends: Sequence[Ended], pods: Sequence[Pod], host:
     if kind is FailureClass.GPU_FAULT:
         nodes = {pod.node for pod in pods if pod.name == host}
     elif kind in _COUNTED:
-        nodes = {end.node for end in ends if end.role == "worker" and not end.disrupted and end.exit_code}
+        # A worker whose head is gone ends with an error as well.
+        alone = not any(end.role == "head" for end in ends)
+        nodes = {end.node for end in ends if alone and end.role == "worker" and not end.disrupted and end.exit_code}
     else:
         nodes = set[str | None]()
     return tuple(sorted(node for node in nodes if node))[:MAX_AVOIDED]

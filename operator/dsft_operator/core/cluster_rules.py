@@ -94,7 +94,7 @@ def forgiving(seen: Observed, now: datetime, _config: OperatorConfig) -> Decisio
     """It waits, and a new retry.token says that the nodes it keeps away from are well again."""
     run, status, spec = seen.run, seen.run.status, _spec(seen)
     if (
-        not status.avoided_nodes
+        not (status.avoided_nodes or any(attempt.failed_nodes for attempt in status.attempts))
         or attempts.active(status) is not None
         or spec.retry.token in (None, status.retry_token)
     ):

@@ -25,9 +25,10 @@ def submission_id(uid: str, attempt: int) -> str:
     return f"{uid[:8]}-a{attempt}"
 
 
-def save_id(uid: str, attempt: int, value: str) -> str:
-    """`<uid8>-a<n>-save-<digest of the request's value>`: one submission per attempt and request."""
-    return f"{submission_id(uid, attempt)}-save-{hashlib.sha256(value.encode()).hexdigest()[:8]}"
+def save_id(uid: str, attempt: int, value: str, answered: str | None) -> str:
+    """`<uid8>-a<n>-save-<digest>`: one submission per attempt and request; `answered` before it, since a value may come back."""
+    digest = hashlib.sha256(f"{answered}\n{value}".encode()).hexdigest()
+    return f"{submission_id(uid, attempt)}-save-{digest[:8]}"
 
 
 def ray_token(root_key: bytes, cluster_uid: str) -> str:

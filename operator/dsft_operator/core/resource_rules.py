@@ -117,7 +117,8 @@ def suspended(seen: Observed, now: datetime, _config: OperatorConfig) -> Decisio
     patience = spec.checkpoint.drain_seconds + STOP_MARGIN_SECONDS
     message = "the trainer commits, then the nodes are freed"
     if cluster is not None and driver_runs(seen) and status.job and (now - since).total_seconds() < patience:
-        changes = attempts.followed(status, report_of(seen))
+        # One that is closed already has its account.
+        changes = attempts.followed(status, report_of(seen)) if attempts.active(status) else {}
         wish = report(run, now, Phase.SUSPENDING, Reason.SUSPENDED, message, **changes)
         return Decision((StopJob(status.job.submission_id),), wish, SOON)
     changes = attempts.followed(status, report_of(seen)) if attempts.active(status) else {}

@@ -36,7 +36,7 @@ def asked(seen: Observed, progress: Progress | None) -> tuple[tuple[RequestSave,
         return (), f"{MARK}: it is made once the ranks train"
     if seen.save is None:
         submission = SubmitJob(
-            submission_id=save_id(run.uid, run.status.attempt, value),
+            submission_id=save_id(run.uid, run.status.attempt, value, run.status.checkpoint_request),
             entrypoint=ENTRYPOINT,
             environment={SAVE_ENV: value},
             metadata={"namespace": run.namespace, "name": run.name, "uid": run.uid},
@@ -46,3 +46,8 @@ def asked(seen: Observed, progress: Progress | None) -> tuple[tuple[RequestSave,
         last = seen.save.message.strip().rpartition("\n")[2][-200:]
         return (), f"{MARK}, which the trainer was not told ({last}): ask again with another value"
     return (), MARK
+
+
+def is_passed_on(seen: Observed, words: str) -> bool:
+    """Whether the trainer was told, and its answer is a matter of seconds."""
+    return words == MARK and isinstance(seen.save, RayJob)

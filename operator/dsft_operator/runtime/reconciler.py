@@ -192,7 +192,7 @@ class Reconciler:
             seen = replace(seen, progress=await self._ray.progress(address, token))
         request, attempt = open_request(seen.run), seen.run.status.attempt
         if request is not None and attempt is not None and isinstance(submission, RayJob) and not submission.is_over:
-            asked = save_id(seen.run.uid, attempt, request)
+            asked = save_id(seen.run.uid, attempt, request, seen.run.status.checkpoint_request)
             seen = replace(seen, save=await self._ray.job(address, token, asked))
         return seen
 

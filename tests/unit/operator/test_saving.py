@@ -95,3 +95,13 @@ def test_nobody_asks(value: str | None) -> None:
     seen, decision = after(training(value))
     assert decision.actions == ()
     assert seen.run.status.message == "step 5 of 100"
+
+
+def test_a_value_that_comes_back_is_a_request_again() -> None:
+    ids = []
+    for answered in (None, "other"):
+        seen = training("now")
+        status = seen.run.status.model_copy(update={"checkpoint_request": answered})
+        _, decision = after(replace(seen, run=replace(seen.run, status=status)))
+        ids += [action.submission.submission_id for action in decision.actions if isinstance(action, RequestSave)]
+    assert len(set(ids)) == 2

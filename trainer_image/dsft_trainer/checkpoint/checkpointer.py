@@ -236,8 +236,14 @@ class Checkpointer:
         commit = patiently(lambda: self._commit(draft))
         # Frozen while COMMIT.json was on its way, this start may have been superseded from an older commit: then it must not
         # decide what others need. One that claims from here on goes on from this commit, and lets the same ones go.
-        patiently(self.check_claim)
-        self._retire(commit)
+        try:
+            patiently(self.check_claim)
+        except TrainerError as error:
+            if error.failure_class is FailureClass.HEAD_LOST:
+                raise
+            log.warning("nothing is retired for now, since the claims cannot be read: %s", error)
+        else:
+            self._retire(commit)
         return commit
 
     def _upload(self, staged: Staged, name: str) -> None:
