@@ -22,7 +22,7 @@ for pid in filter(str.isdigit, os.listdir("/proc")):
         name = open(f"/proc/{pid}/cmdline").read()
     except OSError:
         continue
-    if "RayTrainWorker" in name:
+    if name.startswith("ray::RayTrainWorker"):
         os.kill(int(pid), signal.SIGSTOP)
         print(pid)
 """
