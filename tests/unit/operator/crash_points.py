@@ -66,6 +66,8 @@ def problems(story: Story, undisturbed: Simulation, point: Point) -> Iterator[st
     if point.way is Way.LATE:
         # An attempt or a cluster more is no harm where what was read is not so; the end is the same.
         left, right = plain(settled(one)), plain(settled(other))
+        # Who did not see a pod does not know on which node it was: then no node is blamed.
+        left["avoided_nodes"] = right["avoided_nodes"] = None
         if story.is_cut_off:
             # Where time was up, an attempt more has come another way.
             left["progress"] = right["progress"] = None
