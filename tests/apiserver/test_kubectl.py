@@ -42,8 +42,8 @@ def test_columns(runs, kubectl):
         "ATTEMPT": "2",
     }
     wide = table(kubectl("get", "ml", "--output=wide"))
-    assert list(wide)[-3:] == ["MODEL", "CHECKPOINT", "MESSAGE"]
-    assert [wide["MODEL"], wide["CHECKPOINT"], wide["MESSAGE"]] == ["hf://org/model", "200", "step 210 of 400"]
+    shown = {"MODEL": "hf://org/model", "CHECKPOINT": "200", "GOODPUT": "0.95", "MESSAGE": "step 210 of 400"}
+    assert list(wide.items())[-len(shown) :] == list(shown.items())
 
 
 def test_explain(kubectl):

@@ -99,13 +99,19 @@ def freeze(processes: list[psutil.Process]) -> list[psutil.Process]:
     """SIGSTOP for all of them, and wait until they stand still."""
     alive = [process for process in processes if is_alive(process)]
     for process in alive:
-        process.suspend()
-    wait_until(lambda: not any(map(is_moving, alive)), f"a standstill of {alive}", 60)
+        with suppress(psutil.NoSuchProcess):
+            process.suspend()
+    wait_until(lambda: not any(map(is_moving, alive)), f"a standstill of {[process.pid for process in alive]}", 60)
     return alive
 
 
 def is_moving(process: psutil.Process) -> bool:
-    return is_alive(process) and process.status() != psutil.STATUS_STOPPED
+    """Whether it may still run code of ours: what waits in the kernel stops before it comes back, and a zombie never does."""
+    still = (psutil.STATUS_STOPPED, psutil.STATUS_DISK_SLEEP, psutil.STATUS_ZOMBIE)
+    try:
+        return process.is_running() and process.status() not in still
+    except psutil.NoSuchProcess:
+        return False
 
 
 def thaw(processes: list[psutil.Process]) -> None:

@@ -220,7 +220,7 @@ USERS: dict[str, Story] = {
     "suspended": Story(Phase.SUSPENDED, user=suspends),
     "suspended and resumed": Story(user=resumes, submissions=2, clusters=2, pauses=True),
     "resumed with other pools": Story(user=resumes_with_other_pools, submissions=2, clusters=2, pauses=True),
-    "an invalid spec is mended": Story(spec={"nodePools": []}, user=is_mended),
+    "an invalid spec is mended": Story(spec={"nodePools": []}, user=is_mended, pauses=True),
     **{f"deleted while {at}": deleted(at) for at in Phase},
 }
 # What happens to a run at any moment, and not once it is told.
