@@ -7,10 +7,11 @@ from typing import Any
 
 from dsft_api.conditions import ConditionType, FailureClass
 from dsft_api.status import FineTuneStatus, Usage
+from tests.unit.operator.settling import outcome, without_times
 from tests.unit.operator.simulated import AT_EACH_CALL, SILENCE, Point, Simulation, Way, points
 from tests.unit.operator.situations import NOW
 from tests.unit.operator.stories import Story
-from tests.unit.operator.world import World, outcome, without_times
+from tests.unit.operator.world import World
 
 POINTS = "crash points"
 """The property of a test's report that has the count."""

@@ -21,8 +21,9 @@ from dsft_operator.runtime.health import Health
 from dsft_operator.runtime.reconciler import Reconciler
 from dsft_operator.runtime.workers import resync, work
 from dsft_operator.runtime.workqueue import WorkQueue
+from tests.unit.operator.fake_ports import FakeKube, FakeRay, WorldClock
 from tests.unit.operator.situations import CONFIG, NOW
-from tests.unit.operator.world import KEY, Crash, FakeKube, FakeRay, World, WorldClock
+from tests.unit.operator.world import KEY, Crash, World
 
 # A user in this world: each condition that is yielded is waited for.
 Until = Callable[[], bool]

@@ -4,7 +4,8 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from dsft_api.progress import Progress, TrainerPhase
+from dsft_api.conditions import FailureClass
+from dsft_api.progress import Progress, TrainerFailure, TrainerPhase
 from dsft_api.status import CheckpointRef, Checkpoints, FineTuneStatus, Output, ProgressStatus
 from dsft_operator.adapters.reading import run_of
 from dsft_operator.config import OperatorConfig
@@ -142,3 +143,46 @@ def the(kind: type, decision: Decision) -> Action:
     """The one action of a kind."""
     (found,) = (action for action in decision.actions if isinstance(action, kind))
     return found
+
+
+def failure(kind: FailureClass, code: int = 1) -> TrainerFailure:
+    """What a trainer reports at its end."""
+    return TrainerFailure(failure_class=kind, message="it broke", remedy="mend it", exit_code=code)
+
+
+def submitted_and(spec: dict[str, Any]) -> Observed:
+    """A running one whose spec was changed."""
+    seen = submitted()
+    changed = begin(spec)
+    assert changed.run.spec is not None
+    return replace(seen, run=replace(seen.run, spec=changed.run.spec))
+
+
+def deleted(seen: Observed) -> Observed:
+    """The user deleted it just now."""
+    return replace(seen, run=replace(seen.run, deleting=NOW))
+
+
+def edited(seen: Observed, spec: dict[str, Any], generation: int = 2) -> Observed:
+    """The user changed the spec."""
+    run = begin(spec).run
+    return replace(seen, run=replace(seen.run, spec=run.spec, problems=run.problems, generation=generation))
+
+
+def done() -> Observed:
+    """The run has succeeded, and its cluster is gone."""
+    seen = replace(submitted(), job=job("SUCCEEDED"), progress=told(TrainerPhase.SUCCEEDED, output=OUTPUT))
+    return replace(after(seen)[0], cluster=None, job=None, progress=None, head=None)
+
+
+def changed(seen: Observed, **status: Any) -> Observed:
+    """Its status has these fields, in wire names, besides."""
+    wire = {**seen.run.status.to_wire(), **status}
+    known = FineTuneStatus.model_validate({name: value for name, value in wire.items() if value is not None})
+    return replace(seen, run=replace(seen.run, status=known))
+
+
+def next_attempt() -> Observed:
+    """The first attempt has ended, and the cluster is whole."""
+    seen, _ = after(replace(submitted(), head=Head("session-2", "2.60.0"), job=None))
+    return replace(seen, job=None)

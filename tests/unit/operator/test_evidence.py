@@ -14,6 +14,7 @@ from dsft_operator.adapters.reading import pod_of
 from dsft_operator.core.observed import Ended, Head, Observed, Pod, RayJob, Unknown
 from dsft_operator.core.plan import plan
 from dsft_operator.core.summary import condition_of
+from tests.unit.operator.fake_ports import operator_in
 from tests.unit.operator.situations import (
     CONFIG,
     NOW,
@@ -294,7 +295,7 @@ def test_pods_that_had_to_go_are_read(status: Json, reason: str, *, disrupted: b
 
 def test_evidence_outlives_its_pods() -> None:
     world = World()
-    operator = world.reconciler()
+    operator = operator_in(world)
     while world.seen_status.phase is not Phase.RUNNING:
         if asyncio.run(operator.reconcile(KEY)) != 0.0:
             world.tick()

@@ -15,7 +15,8 @@ from dsft_operator.runtime.health import Health
 from dsft_operator.runtime.http import application
 from dsft_operator.runtime.workers import resync, work
 from dsft_operator.runtime.workqueue import WorkQueue
-from tests.unit.operator.world import KEY, FakeKube, World
+from tests.unit.operator.fake_ports import FakeKube, operator_in
+from tests.unit.operator.world import KEY, World
 
 OTHER = Key("ml", "other")
 RESYNC = 300.0
@@ -136,7 +137,7 @@ def test_a_run_by_resync_alone_and_its_metrics() -> None:
 
 
 async def _live(world: World) -> None:
-    queue, reconciler = WorkQueue(), world.reconciler()
+    queue, reconciler = WorkQueue(), operator_in(world)
     world.api_down = True
     listing = resync(queue, FakeKube(world), Health(RESYNC), reconciler, 0.01, random.Random(1))
     tasks = [asyncio.create_task(work(queue, reconciler)), asyncio.create_task(listing)]

@@ -17,7 +17,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from dsft_api.conditions import Phase
 from dsft_operator.core import decision
 from dsft_operator.ports import Kube, KubeError
-from tests.unit.operator.world import KEY, MOST_PASSES_AT_ONCE, STEPS, Crash, World, outcome, settle
+from tests.unit.operator.fake_ports import operator_in
+from tests.unit.operator.settling import MOST_PASSES_AT_ONCE, outcome, settle
+from tests.unit.operator.world import KEY, STEPS, Crash, World
 
 FAULTS = ["restart_head", "lose_worker", "lose_cluster", "take_nodes", "let_a_zombie_write"]
 
@@ -38,7 +40,7 @@ class Storm(RuleBasedStateMachine):
         self.world = World(
             {"retry": {"limit": 100}, **({"queue": {"name": "team-a"}} if queued else {})}, generous=True
         )
-        self.operator = self.world.reconciler()
+        self.operator = operator_in(self.world)
         self.listed = 0
 
     def look(self) -> None:
@@ -48,7 +50,7 @@ class Storm(RuleBasedStateMachine):
         except KubeError:
             pass
         except Crash:
-            self.operator = self.world.reconciler()
+            self.operator = operator_in(self.world)
 
     def live_on(self, beats: list[int]) -> None:
         """So many passes, then a tick, and again: what happens most of the time, so that a run gets somewhere."""

@@ -8,8 +8,10 @@ import pytest
 from dsft_api.conditions import FailureClass, Phase
 from dsft_api.status import Checkpoints
 from dsft_operator.core.observed import Pod, Queueing, Warned
+from tests.unit.operator.fake_ports import operator_in
+from tests.unit.operator.settling import PASSES, settle, without_times
 from tests.unit.operator.situations import CONFIG, NOW, UID
-from tests.unit.operator.world import KEY, PASSES, World, settle, without_times
+from tests.unit.operator.world import KEY, World
 
 
 def finished(**spec: Any) -> World:
@@ -59,7 +61,7 @@ def test_two_operators_at_once(call: int) -> None:
 
 
 def run_until(world: World, phase: Phase) -> None:
-    operator = world.reconciler()
+    operator = operator_in(world)
     for _ in range(PASSES):
         pause = asyncio.run(operator.reconcile(KEY))
         if world.seen_status.phase is phase:
@@ -91,7 +93,7 @@ def test_a_head_that_is_not_ready_is_called_so_in_a_whole_sentence() -> None:
     run_until(world, Phase.RUNNING)
     (found,) = world.clusters.values()
     found.age, found.head_message = 0, "Unknown"
-    asyncio.run(world.reconciler().reconcile(KEY))
+    asyncio.run(operator_in(world).reconcile(KEY))
     assert world.seen_status.phase is Phase.RUNNING
     assert world.seen_status.message == "the head pod is not ready: Unknown"
 
@@ -171,7 +173,7 @@ def test_suspended_and_resumed() -> None:
 
 def test_kuberay_comes_later() -> None:
     world = World(kuberay=False)
-    asyncio.run(world.reconciler().reconcile(KEY))
+    asyncio.run(operator_in(world).reconcile(KEY))
     assert world.seen_status.phase is Phase.PENDING
     assert "install KubeRay" in (world.seen_status.message or "")
     world.kuberay = True
@@ -185,7 +187,7 @@ QUOTA = 'rayclusters.ray.io "chat" is forbidden: exceeded quota: used 9, limited
 @pytest.mark.parametrize("kind", ["RayCluster", "NetworkPolicy", "Secret"])
 def test_what_the_api_server_refuses_is_told_and_tried_again(kind: str) -> None:
     world = World({"deadlines": {"provisionSeconds": 300}}, refused={kind: QUOTA})
-    operator = world.reconciler()
+    operator = operator_in(world)
     pauses: list[float] = []
     for used in range(8):
         world.refused[kind] = QUOTA.replace("9,", f"{used},")
@@ -220,7 +222,7 @@ def test_what_stays_refused_ends_with_the_deadline() -> None:
 def test_a_submission_that_ray_does_not_take_is_told_and_ends_with_another_cluster() -> None:
     world = World(refused={"submit": "the submission was answered 500: no disk"})
     run_until(world, Phase.STARTING)
-    operator = world.reconciler()
+    operator = operator_in(world)
     for _ in range(3):
         asyncio.run(operator.reconcile(KEY))
     assert "no disk" in (world.seen_status.message or "")
@@ -252,7 +254,7 @@ def test_what_kueue_says_is_asked_while_the_cluster_is_suspended() -> None:
     world.said["cluster-1"] = Queueing("NeverFits", "16 > 8")
     run_until(world, Phase.QUEUED)
     for _ in range(3):
-        asyncio.run(world.reconciler().reconcile(KEY))
+        asyncio.run(operator_in(world).reconcile(KEY))
     assert "queue team-a: 16 > 8" in (world.seen_status.message or "")
     world.clusters[f"chat-{UID[:5]}"].suspended = False
     settle(world)
@@ -265,7 +267,7 @@ def test_what_kuberay_refuses_is_read_from_its_events(*, may: bool) -> None:
     if not may:
         world.refused["Event"] = "events is forbidden"
     world.said["cluster-1"] = (Warned("FailedToCreate", "old news"), Warned("InvalidRayClusterSpec", "no containers"))
-    operator = world.reconciler()
+    operator = operator_in(world)
     for _ in range(3):
         asyncio.run(operator.reconcile(KEY))
         for cluster in world.clusters.values():
@@ -278,7 +280,7 @@ def test_what_kuberay_refuses_is_read_from_its_events(*, may: bool) -> None:
 
 def test_events_tell_the_transitions_once() -> None:
     world = World()
-    operator = world.reconciler()
+    operator = operator_in(world)
     asyncio.run(operator.reconcile(KEY))
     world.pods = (Pod("chat-gpu-1", "worker", "gpu", waiting=("ImagePullBackOff", "not found")),)
     for _ in range(5):
@@ -299,7 +301,7 @@ def test_a_damaged_checkpoint_is_told_once() -> None:
     run_until(world, Phase.RUNNING)
     world.hold = True
     (cluster,) = world.clusters.values()
-    operator = world.reconciler()
+    operator = operator_in(world)
     for _ in range(3):
         assert cluster.progress is not None
         told = cluster.progress.checkpoints or Checkpoints()
@@ -320,7 +322,7 @@ def test_a_root_key_that_cannot_be_read_is_told() -> None:
     world = World()
     run_until(world, Phase.RUNNING)
     world.refused["root key"] = "secrets is forbidden"
-    asyncio.run(world.reconciler().reconcile(KEY))
+    asyncio.run(operator_in(world).reconcile(KEY))
     assert "root key" in (world.seen_status.message or "")
     assert "secrets is forbidden" in (world.seen_status.message or "")
     world.refused.clear()
@@ -331,7 +333,7 @@ def test_a_root_key_that_cannot_be_read_is_told() -> None:
 
 def test_two_writes_until_the_cluster_exists() -> None:
     world = World()
-    asyncio.run(world.reconciler().reconcile(KEY))
+    asyncio.run(operator_in(world).reconcile(KEY))
     assert world.calls == 3, "finalizer, RayCluster, status"
     assert world.made == 1
 
@@ -345,5 +347,5 @@ def test_nothing_is_made_by_an_old_look_at_the_resource() -> None:
     world.lose_cluster()
     run_until(world, Phase.PROVISIONING)
     world.before, world.stale_reads = old, 1
-    asyncio.run(world.reconciler().reconcile(KEY))
+    asyncio.run(operator_in(world).reconcile(KEY))
     assert [cluster.name for cluster in world.clusters.values()] == [f"chat-{UID[:5]}-2"]

@@ -12,10 +12,12 @@ from dsft_api.progress import TrainerPhase
 from dsft_api.status import Spent
 from dsft_operator.core.observed import Head
 from tests.unit.operator.crash_points import counted, whole
+from tests.unit.operator.fake_ports import operator_in
+from tests.unit.operator.settling import settle
 from tests.unit.operator.simulated import Until, User
 from tests.unit.operator.situations import NOW, after, job, submitted, told
 from tests.unit.operator.stories import Story, at_step, new_token, passed, phase, suspends
-from tests.unit.operator.world import KEY, World, settle
+from tests.unit.operator.world import KEY, World
 
 # Less than after what the world is at rest.
 PAUSE_SECONDS = 100
@@ -82,7 +84,7 @@ def test_what_the_trainer_told_is_summed_up_over_attempts() -> None:
 def test_time_alone_writes_nothing() -> None:
     """Neither while it waits, nor while a driver that tells nothing new runs."""
     world = World(stuck=True)
-    operator = world.reconciler()
+    operator = operator_in(world)
     for _ in range(10):
         asyncio.run(operator.reconcile(KEY))
     waiting = world.version
