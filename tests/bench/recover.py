@@ -23,7 +23,7 @@ import psutil
 
 from dsft_api.progress import TrainerPhase
 from tests.trainer import tiny
-from tests.trainer.runs import Run, causal_lm, family, is_alive, kill_session, ranks, wait_until
+from tests.trainer.runs import Run, causal_lm, family, is_alive, ranks, session, wait_until
 
 ROOT = Path(__file__).parents[2]
 GOAL_SECONDS = 10.0
@@ -99,19 +99,8 @@ class Plain:
     @contextmanager
     def started(self) -> Iterator["subprocess.Popen[bytes]"]:
         command = [sys.executable, "-m", "tests.bench.plain_ray", str(self.folder), str(STEPS), str(EVERY)]
-        with (self.folder / "log").open("ab") as log:
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        try:
+        with session(command, self.folder / "log", PYTHONPATH=str(ROOT), RAY_USAGE_STATS_ENABLED="0") as process:
             yield process
-        finally:
-            kill_session(process)
 
     def events(self) -> list[tuple[str, int]]:
         """What rank 0 told, with the beginnings of starts."""

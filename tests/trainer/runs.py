@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,23 +99,14 @@ class Run:
         dsft = Path(sys.executable).with_name("dsft")
         scratch = self.folder / "scratch"
         scratch.mkdir(exist_ok=True)
-        with (self.folder / "cli.log").open("ab") as log:
-            process = subprocess.Popen(
-                [str(dsft), "run", "-f", str(self.file), "--runtime", runtime, "--workers", str(workers)],
-                env={
-                    **os.environ,
-                    "PATH": f"{dsft.parent}{os.pathsep}{os.environ['PATH']}",
-                    "DSFT_RUNS": str(self.folder / "runs"),
-                    "DSFT_SCRATCH": str(scratch),
-                },
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        try:
+        with session(
+            [str(dsft), "run", "-f", str(self.file), "--runtime", runtime, "--workers", str(workers)],
+            self.folder / "cli.log",
+            PATH=f"{dsft.parent}{os.pathsep}{os.environ['PATH']}",
+            DSFT_RUNS=str(self.folder / "runs"),
+            DSFT_SCRATCH=str(scratch),
+        ) as process:
             yield process
-        finally:
-            kill_session(process)
 
     def finish(self, runtime: str = "torchrun", workers: int = 2, seconds: float = PATIENCE_SECONDS) -> None:
         """Run to the end, which must be a good one."""
@@ -231,6 +222,17 @@ def _command(process: psutil.Process | None) -> list[str]:
         return process.cmdline()
     except (psutil.NoSuchProcess, psutil.ZombieProcess):
         return []
+
+
+@contextmanager
+def session(command: Sequence[str], log: Path, **env: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """A command as the leader of a session, which does not outlive the block; what it prints is added to the log."""
+    with log.open("ab") as stream:
+        process = subprocess.Popen(command, env=os.environ | env, stdout=stream, stderr=stream, start_new_session=True)
+    try:
+        yield process
+    finally:
+        kill_session(process)
 
 
 def kill_session(process: "subprocess.Popen[bytes]") -> int:

@@ -7,7 +7,6 @@ loading gets wrong (see `Engine.load_universal`) is seen with the second step.
 
 import hashlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from tests.s3_faults import faulty
 from tests.s3_server import S3Server
 from tests.trainer import legs, tiny
 from tests.trainer.killing import in_storage
-from tests.trainer.runs import PATIENCE_SECONDS, Manifest, Run, causal_lm, kill_session, wait_until
+from tests.trainer.runs import PATIENCE_SECONDS, Manifest, Run, causal_lm, kill_session, session, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -42,18 +41,9 @@ def manifest(folder: Path, name: str = "resized") -> Manifest:
 @contextmanager
 def training(folder: Path, *arguments: str) -> Iterator["subprocess.Popen[bytes]"]:
     """`legs` as the leader of a session, which does not outlive the block."""
-    with (folder / "legs.log").open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", legs.__name__, *arguments],
-            env={**os.environ, "DSFT_SCRATCH": str(folder)},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
+    command = [sys.executable, "-m", legs.__name__, *arguments]
+    with session(command, folder / "legs.log", DSFT_SCRATCH=str(folder)) as process:
         yield process
-    finally:
-        kill_session(process)
 
 
 def train(folder: Path, *arguments: str) -> None:

@@ -1,7 +1,6 @@
 """An attempt that is frozen, superseded by another one elsewhere, and thawed: it harms nothing, and ends with the reason."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from dsft_trainer.runtime.channel import Channel
 from tests.s3_faults import faulty
 from tests.s3_server import REGION, S3Server
 from tests.trainer.killing import assert_same_training, killed_manifest, never_killed
-from tests.trainer.runs import PATIENCE_SECONDS, Manifest, Run, family, is_alive, kill_session, ranks, wait_until
+from tests.trainer.runs import PATIENCE_SECONDS, Manifest, Run, family, is_alive, ranks, session, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -125,23 +124,14 @@ def trainer(run: Run, channel: Channel, runtime: str) -> Iterator["subprocess.Po
     """The next attempt, as the operator starts it: told all by its environment."""
     job = job_for(run.local(), Ranks(count=2, device="cpu", threads=1), str(run.file))
     channel.folder.mkdir()
-    with (channel.folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dsft_trainer", "run", "--runtime", runtime],
-            env={
-                **os.environ,
-                JOB_ENV: job.to_json(),
-                "DSFT_CHANNEL": str(channel.folder),
-                "DSFT_SCRATCH": str(channel.folder),
-            },
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
+    with session(
+        [sys.executable, "-m", "dsft_trainer", "run", "--runtime", runtime],
+        channel.folder / "log",
+        DSFT_CHANNEL=str(channel.folder),
+        DSFT_SCRATCH=str(channel.folder),
+        **{JOB_ENV: job.to_json()},
+    ) as process:
         yield process
-    finally:
-        kill_session(process)
 
 
 def log_of(channel: Channel) -> str:
