@@ -28,9 +28,9 @@ from dsft_api.conditions import ExitCode, FailureClass
 from dsft_api.job import CONTRACT, JOB_ENV, Job
 from dsft_api.progress import TrainerPhase
 from dsft_api.status import Inputs
+from dsft_trainer.ask import RAY_ADDRESS_ENV, drain, save
 from dsft_trainer.checkpoint.listing import claimed_ids, make_claim
 from dsft_trainer.checkpoint.store import store_of
-from dsft_trainer.drain import RAY_ADDRESS_ENV, drain, save
 from dsft_trainer.errors import TrainerError, failure_of
 from dsft_trainer.logs import LogShipper, keep_last_lines, output_files
 from dsft_trainer.pins import pinned

@@ -91,12 +91,12 @@ def running(seen: Observed, now: datetime, config: OperatorConfig) -> Decision |
             return overdue
         facts[ConditionType.CLUSTER_READY] = lacking
         message = f"{message.partition(_LACKING)[0]}{_LACKING}{lacking.message}"
-    actions, words = saving.asked(seen, progress)
+    request = saving.asked(seen, progress)
     if not isinstance(seen.progress, Unknown):
-        message = f"{message.partition(saving.MARK)[0]}{words}"
+        message = f"{message.partition(saving.MARK)[0]}{request.words}"
     wish = report(run, now, phase, _REASONS[phase], message, facts, **told)
-    is_soon = job.state == "PENDING" or bool(actions) or saving.is_passed_on(seen, words)
-    return Decision(actions, wish, SOON if is_soon else config.intervals.running_seconds)
+    is_soon = job.state == "PENDING" or request.is_soon
+    return Decision(request.actions, wish, SOON if is_soon else config.intervals.running_seconds)
 
 
 def _overdue(seen: Observed, now: datetime, job: RayJob, lacking: Fact) -> Decision | None:

@@ -52,9 +52,10 @@ def followed(status: FineTuneStatus, progress: Progress | None) -> dict[str, Any
         return {}
     steps: dict[str, Any] = {"to_step": progress.progress.step} if progress.progress else {}
     if progress.group == 1:
-        # Later groups of the attempt start from what it committed itself. A driver that died early names no step.
-        known = progress.checkpoints is not None and bool(progress.checkpoints.damaged)
-        steps["from_step"] = progress.from_step if known else max(progress.from_step, status.attempts[-1].from_step)
+        # Later groups of the attempt start from what it committed itself. A driver that died early names no step; one
+        # that passed damaged commits over names an earlier one than was expected.
+        fell_back = progress.checkpoints is not None and bool(progress.checkpoints.damaged)
+        steps["from_step"] = progress.from_step if fell_back else max(progress.from_step, status.attempts[-1].from_step)
     steps |= {"restarts": progress.restarts, "losses": progress.losses} if progress.restarts else {}
     before = status.attempts[-1]
     last = before.model_copy(update=steps | {"spent": goodput.heard(before, progress)})

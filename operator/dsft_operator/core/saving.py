@@ -4,6 +4,8 @@ The trainer has no rights on the API server and the operator none in pods, so a 
 beside the driver's, with a constant command. Its id comes from attempt and value: asked again it is the same one.
 """
 
+from dataclasses import dataclass
+
 from dsft_api import CHECKPOINT_REQUEST
 from dsft_api.job import SAVE_ENV
 from dsft_api.progress import Progress, TrainerPhase
@@ -23,31 +25,38 @@ def open_request(run: Run) -> str | None:
     return value if value and value != run.status.checkpoint_request else None
 
 
-def asked(seen: Observed, progress: Progress | None) -> tuple[tuple[RequestSave, ...], str]:
+@dataclass(frozen=True)
+class Asked:
+    """What becomes of a request: what the message says of it, what is done, and whether its answer is a matter of seconds."""
+
+    words: str = ""
+    actions: tuple[RequestSave, ...] = ()
+    is_soon: bool = False
+
+
+def asked(seen: Observed, progress: Progress | None) -> Asked:
     """What to do about an open request while the driver runs, and what the message says of it."""
     run, value = seen.run, open_request(seen.run)
     if value is None or run.status.attempt is None or (progress is not None and progress.checkpoint_request == value):
-        return (), ""
+        return Asked()
     if run.spec is not None and run.spec.program is not None:
-        return (), f"{MARK}: a program decides itself when it reports one"
+        return Asked(f"{MARK}: a program decides itself when it reports one")
     if len(value) > MAX_VALUE or not value.isprintable():
-        return (), f"{MARK}, but {CHECKPOINT_REQUEST} must be at most {MAX_VALUE} printable characters"
+        return Asked(f"{MARK}, but {CHECKPOINT_REQUEST} must be at most {MAX_VALUE} printable characters")
     if progress is None or progress.phase not in _TRAINS:
-        return (), f"{MARK}: it is made once the ranks train"
+        return Asked(f"{MARK}: it is made once the ranks train")
     if seen.save is None:
-        submission = SubmitJob(
-            submission_id=save_id(run.uid, run.status.attempt, value, run.status.checkpoint_request),
-            entrypoint=ENTRYPOINT,
-            environment={SAVE_ENV: value},
-            metadata={"namespace": run.namespace, "name": run.name, "uid": run.uid},
-        )
-        return (RequestSave(submission),), MARK
+        return Asked(MARK, (RequestSave(_submission(run, run.status.attempt, value)),), is_soon=True)
     if isinstance(seen.save, RayJob) and seen.save.state in ("FAILED", "STOPPED"):
         last = seen.save.message.strip().rpartition("\n")[2][-200:]
-        return (), f"{MARK}, which the trainer was not told ({last}): ask again with another value"
-    return (), MARK
+        return Asked(f"{MARK}, which the trainer was not told ({last}): ask again with another value")
+    return Asked(MARK, is_soon=isinstance(seen.save, RayJob))
 
 
-def is_passed_on(seen: Observed, words: str) -> bool:
-    """Whether the trainer was told, and its answer is a matter of seconds."""
-    return words == MARK and isinstance(seen.save, RayJob)
+def _submission(run: Run, attempt: int, value: str) -> SubmitJob:
+    return SubmitJob(
+        submission_id=save_id(run.uid, attempt, value, run.status.checkpoint_request),
+        entrypoint=ENTRYPOINT,
+        environment={SAVE_ENV: value},
+        metadata={"namespace": run.namespace, "name": run.name, "uid": run.uid},
+    )

@@ -236,18 +236,20 @@ class Reconciler:
         """An Event for each new phase, and for what is new and calls for somebody. Not posted is no reason to stop."""
         reason, before = (_reason(known) for known in (status, run.status))
         is_new, is_trouble = status.phase is not run.status.phase, bool(WAITS.get(reason))
-        damaged, known = (
-            part.checkpoints.damaged if part.checkpoints is not None else () for part in (status, run.status)
-        )
+        damage = _damage(status) - _damage(run.status)
         try:
             if status.phase is not None and (is_new or (is_trouble and reason != before)):
                 told = str(status.phase) if is_new else reason
                 kind = "Warning" if status.phase is Phase.FAILED or is_trouble else "Normal"
                 await self._kube.event(run, kind, told, status.message or told)
-            if status.checkpoints is not None and set(damaged) - set(known):
+            if damage and status.checkpoints is not None:
                 await self._kube.event(run, "Warning", Reason.CHECKPOINT_DAMAGED, status.checkpoints.summary)
         except (Conflict, KubeError) as error:
             log.debug("event not posted: %s", error)
+
+
+def _damage(status: FineTuneStatus) -> set[str]:
+    return set(status.checkpoints.damaged) if status.checkpoints is not None else set()
 
 
 def _reason(status: FineTuneStatus) -> str:

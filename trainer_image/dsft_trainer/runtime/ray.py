@@ -26,8 +26,8 @@ from tenacity import Retrying, retry_if_exception_message, stop_after_attempt
 
 from dsft_api.job import Job
 from dsft_api.progress import Progress, TrainerFailure
+from dsft_trainer.ask import RAY_ADDRESS_ENV
 from dsft_trainer.checkpoint.store import store_of
-from dsft_trainer.drain import RAY_ADDRESS_ENV
 from dsft_trainer.errors import TrainerError
 from dsft_trainer.logs import LogShipper, log_name, output_files
 from dsft_trainer.process import rank_environment, start_environment

@@ -15,7 +15,7 @@ from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dsft_api.conditions import FailureClass
-from dsft_trainer.drain import RAY_ADDRESS_ENV
+from dsft_trainer.ask import RAY_ADDRESS_ENV
 from dsft_trainer.errors import TrainerError, failure_of
 from dsft_trainer.runtime.oom import oom_kills
 
