@@ -100,11 +100,13 @@ def group(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("group")
 def test_how_long_collectives_wait_can_be_changed_from_a_thread() -> None:
-    changing = threading.Thread(target=collectives.outlast, args=(5000.0,))
+    default, clone = dist.distributed_c10d._get_default_group(), dist.new_group()
+    assert isinstance(clone, dist.ProcessGroup)
+    changing = threading.Thread(target=collectives.outlast, args=(5000.0, clone))
     changing.start()
     changing.join()
-    backend = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
-    assert backend.options._timeout.total_seconds() == 5000
+    for group in (default, clone):
+        assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 5000
 
 
 def test_stacks_are_in_storage_and_in_the_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

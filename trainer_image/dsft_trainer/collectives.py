@@ -44,9 +44,13 @@ def side_group() -> dist.ProcessGroup:
     return dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
 
-def outlast(seconds: float) -> None:
-    """Have collectives of the default group that begin from now on wait so long for a rank. Not collective; any thread."""
-    dist.set_timeout(timedelta(seconds=seconds))
+def outlast(seconds: float, group: dist.ProcessGroup | None = None) -> None:
+    """Have collectives of the default group, and of this one, that begin from now on wait so long for a rank.
+
+    Not collective; any thread.
+    """
+    for each in dict.fromkeys((None, group)):
+        dist.set_timeout(timedelta(seconds=seconds), each)
 
 
 def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:

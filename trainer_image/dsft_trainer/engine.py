@@ -100,6 +100,11 @@ class Engine:
         self.device = device
         self._buffers = Buffers()
 
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """What DeepSpeed's collectives run on: a clone of the default group, which has torch's timeout and not ours."""
+        return self.deepspeed.data_parallel_group
+
     def forward(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The model's logits."""
         return self.deepspeed(**{name: tensor.to(self.device) for name, tensor in inputs.items()}).logits

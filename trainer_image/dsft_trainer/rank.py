@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ from dsft_trainer.model import check_length, load_model, load_tokenizer
 from dsft_trainer.progress import Pace, Reporter, SilentReporter
 from dsft_trainer.runtime import Outcome, Runtime
 from dsft_trainer.versions import versions
-from dsft_trainer.watchdog import ARCHIVE_SECONDS, Watchdog, archived_stacks, hang
+from dsft_trainer.watchdog import ARCHIVE_SECONDS, MARGIN_SECONDS, Watchdog, archived_stacks, hang
 
 log = logging.getLogger(__name__)
 
@@ -326,6 +327,8 @@ class _Attempt:
                 beat=self.beat,
             )
         self.watchdog.pace = pace = Pace()
+        self.watchdog.outlast = partial(collectives.outlast, group=engine.process_group)
+        self.watchdog.outlast(self.spec.deadlines.stall_seconds + MARGIN_SECONDS)
         return Trainer(
             engine=engine,
             dataset=data.train,
