@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ import psutil
 
 from dsft_api.progress import TrainerPhase
 from tests.trainer import tiny
-from tests.trainer.runs import Run, causal_lm, family, is_alive, ranks, session, wait_until
+from tests.trainer.runs import Run, causal_lm, family, ranks, session, wait_until
 
 ROOT = Path(__file__).parents[2]
 GOAL_SECONDS = 10.0
@@ -35,16 +35,15 @@ REGISTERED_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Recovery:
-    """One kill: seconds until status named the loss, and until a step was done; CPU of all; steps that were trained again."""
+    """One kill: seconds until status named the loss, and until a step was done; steps that were trained again."""
 
     step: float
-    cpu: float
     redone: int
     noticed: float | None = None
 
     def __str__(self) -> str:
         noticed = f"noticed {self.noticed:5.1f} s   " if self.noticed is not None else ""
-        return f"{noticed}next step {self.step:5.1f} s   CPU {self.cpu:5.1f} s   steps trained again {self.redone}"
+        return f"{noticed}next step {self.step:5.1f} s   steps trained again {self.redone}"
 
 
 class Ours:
@@ -77,16 +76,16 @@ class Ours:
             return any(name.endswith(f"-a1.g{number}") and whole for name, whole in self.run.checkpoints().items())
 
         wait_until(lambda: has(number - 1, TrainerPhase.TRAINING) and has_committed(), f"a commit of start {number}")
-        spent, begin = cpu_seconds(process), time.monotonic()
+        begin = time.monotonic()
         kill_rank(process)
         wait_until(lambda: has(number), "the loss in the progress document")
         noticed = time.monotonic() - begin
         wait_until(lambda: has(number, TrainerPhase.TRAINING), "a step of the next start")
-        step, cpu = time.monotonic() - begin, cpu_seconds(process) - spent
+        step = time.monotonic() - begin
         progress = self.run.told()
         assert progress is not None
         lost = progress.losses[-1].step or 0
-        return Recovery(step, cpu, lost - self.run.claims()[-1].base_step, noticed)
+        return Recovery(step, lost - self.run.claims()[-1].base_step, noticed)
 
 
 class Plain:
@@ -114,12 +113,12 @@ class Plain:
         self._await(process, lambda: any(what == "reported" for what, _ in self.events()[seen:]), "a report")
         threading.Event().wait(REGISTERED_SECONDS)
         before = self.events()
-        spent, begin = cpu_seconds(process), time.monotonic()
+        begin = time.monotonic()
         kill_rank(process)
         self._await(process, lambda: self._stepped(len(before)), "a step of the next start")
-        step, cpu = time.monotonic() - begin, cpu_seconds(process) - spent
+        step = time.monotonic() - begin
         resumed = next(number for what, number in self.events()[len(before) :] if what == "begin")
-        return Recovery(step, cpu, before[-1][1] - resumed)
+        return Recovery(step, before[-1][1] - resumed)
 
     def _stepped(self, since: int) -> bool:
         kinds = [what for what, _ in self.events()[since:]]
@@ -137,29 +136,18 @@ def kill_rank(process: "subprocess.Popen[bytes]") -> None:
     members[1].kill()
 
 
-def cpu_seconds(process: "subprocess.Popen[bytes]") -> float:
-    """Of the process and all below it, those that ended included as far as their parents waited for them."""
-    total = 0.0
-    for member in family(process):
-        try:
-            times = member.cpu_times()
-        except psutil.NoSuchProcess:
-            continue
-        total += times.user + times.system + times.children_user + times.children_system
-    return total
-
-
 @contextmanager
 def standing_still(process: "subprocess.Popen[bytes]") -> Iterator[None]:
     """While the other arm is measured."""
-    members = [member for member in family(process) if is_alive(member)]
+    members = family(process)
     for member in members:
-        member.suspend()
+        with suppress(psutil.NoSuchProcess):
+            member.suspend()
     try:
         yield
     finally:
         for member in members:
-            if is_alive(member):
+            with suppress(psutil.NoSuchProcess):
                 member.resume()
 
 
@@ -181,11 +169,10 @@ def main() -> int:
         ours.run.assert_commits_whole()
     for arm, recoveries in found.items():
         steps = [recovery.step for recovery in recoveries]
-        cpu = statistics.median(recovery.cpu for recovery in recoveries)
         redone = statistics.median(recovery.redone for recovery in recoveries)
         print(
             f"{arm}: median of {kills}: next step {statistics.median(steps):.1f} s ({min(steps):.1f} to {max(steps):.1f}), "
-            f"CPU {cpu:.1f} s, steps trained again {redone:.0f}"
+            f"steps trained again {redone:.0f}"
         )
     noticed = statistics.median(recovery.noticed or 0.0 for recovery in found["ours"])
     median = statistics.median(recovery.step for recovery in found["ours"])

@@ -2,21 +2,34 @@
 
 import hashlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from io import BufferedReader
 from pathlib import Path
 
 from dsft_trainer.checkpoint.commits import CommittedFile
-from dsft_trainer.checkpoint.store import ObjectMissingError, Store, get_files, in_parallel
+from dsft_trainer.checkpoint.store import SMALL_BYTES, ObjectMissingError, Store, get_files, in_parallel
+
+# Two make a digest of more bytes in a second than one process uploads.
+_DIGESTS = 2
 
 
 def upload(store: Store, folder: Path, key: str, rank: int) -> tuple[CommittedFile, ...]:
-    """Move all files below `folder` to `key`/; what a manifest says of them. `folder` may lose them."""
+    """Move all files below `folder` to `key`/; what a manifest says of them. `folder` may lose them.
 
-    def send(path: Path) -> CommittedFile:
-        name, size, digest = path.relative_to(folder).as_posix(), path.stat().st_size, _sha256(path)
-        store.put_file(path, f"{key}/{name}")
-        return CommittedFile(path=name, size=size, sha256=digest, rank=rank)
+    The digest of a large file is made while it is on its way: neither waits for the other.
+    """
+    with ThreadPoolExecutor(_DIGESTS, thread_name_prefix="digest") as pool:
 
-    return tuple(in_parallel(send, sorted(path for path in folder.rglob("*") if path.is_file())))
+        def send(path: Path) -> CommittedFile:
+            name, size = path.relative_to(folder).as_posix(), path.stat().st_size
+            # Opened here, since the store may move the file.
+            with path.open("rb") as stream:
+                digest = _sha256(stream) if size < SMALL_BYTES else pool.submit(_sha256, stream)
+                store.put_file(path, f"{key}/{name}")
+                sha256 = digest if isinstance(digest, str) else digest.result()
+                return CommittedFile(path=name, size=size, sha256=sha256, rank=rank)
+
+        return tuple(in_parallel(send, sorted(path for path in folder.rglob("*") if path.is_file())))
 
 
 def missing(store: Store, key: str, files: Iterable[CommittedFile]) -> list[str]:
@@ -33,11 +46,15 @@ def fetch(store: Store, key: str, files: Iterable[CommittedFile], folder: Path) 
     except ObjectMissingError:
         return False
     return all(
-        (folder / file.path).stat().st_size == file.size and _sha256(folder / file.path) == file.sha256
+        (folder / file.path).stat().st_size == file.size and _has_digest(folder / file.path, file.sha256)
         for file in wanted
     )
 
 
-def _sha256(path: Path) -> str:
+def _has_digest(path: Path, digest: str) -> bool:
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return _sha256(stream) == digest
+
+
+def _sha256(stream: BufferedReader) -> str:
+    return hashlib.file_digest(stream, "sha256").hexdigest()

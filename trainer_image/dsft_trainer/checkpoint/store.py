@@ -19,8 +19,11 @@ from dsft_trainer.errors import TrainerError
 COMMIT = "COMMIT.json"
 """Name of the object that makes a checkpoint valid: stores never delete a later key before it is gone."""
 
-# Small files wait for answers, not for bandwidth: as many at a time as the S3 client has connections.
-PARALLEL_FILES = 32
+# Small files wait for answers, not for bandwidth; with more than these, Python's threads wait for one another.
+PARALLEL_FILES = 16
+
+SMALL_BYTES = 8 * 1024 * 1024
+"""Files below this cost by their number rather than by their size."""
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")

@@ -35,7 +35,7 @@ from typing_extensions import override
 
 from dsft_api.conditions import FailureClass
 from dsft_trainer.checkpoint import backoff
-from dsft_trainer.checkpoint.store import COMMIT, Entry, ObjectMissingError, Store, check_key
+from dsft_trainer.checkpoint.store import COMMIT, SMALL_BYTES, Entry, ObjectMissingError, Store, check_key
 from dsft_trainer.errors import TrainerError
 
 # One process alone reaches about 16 x 85 MB/s with these (AWS's figure per connection); ranks of a node add up.
@@ -228,7 +228,11 @@ class S3Store(Store):
     # A server that dies may forget an upload, or complete it and lose the reply: only a new one tells.
     @retry(retry=retry_if_exception(lambda error: _code(error) == "NoSuchUpload"), wait=_WAIT, stop=_STOP, reraise=True)
     def _upload(self, path: Path, key: str) -> None:
-        if path.stat().st_size < PART_BYTES:
+        size = path.stat().st_size
+        if size < SMALL_BYTES:
+            # From memory: before the body of a file, botocore asks the server whether to go on.
+            self._client().put_object(Bucket=self.bucket, Key=key, Body=path.read_bytes())
+        elif size < PART_BYTES:
             # One request, in this thread: the transfer manager would hand it from thread to thread.
             with path.open("rb") as body:
                 self._client().put_object(Bucket=self.bucket, Key=key, Body=body)
