@@ -179,6 +179,28 @@ def test_drain_from_a_worker_commits_and_waits_for_it(nodes: RayNodes, manifest:
     assert told.phase is TrainerPhase.INTERRUPTED
 
 
+def test_a_node_that_ray_is_about_to_lose_is_left_with_a_commit(manifest: Manifest, tmp_path: Path) -> None:
+    own = RayNodes.start()
+    try:
+        run = resource(longer(manifest, ENDLESS), tmp_path.as_uri())
+        running = attempt(own, run, 1).post()
+        running.until(lambda attempt: attempt.step() > 0, "a step was told of")
+        announce_the_end_of_a_worker(own)
+        seen = running.ended()
+        assert (seen.state, seen.exit_code) == ("FAILED", ExitCode.INTERRUPTED), running.driver_log()
+        told = running.own()
+        assert told is not None
+        assert told.phase is TrainerPhase.INTERRUPTED
+        assert told.progress is not None
+        assert commits(run) == [told.progress.step], "steps were lost"
+        # The node is still leaving, which is no reason to stop again.
+        own.add_worker("worker-2")
+        second = attempt(own, run, 2).post()
+        second.until(lambda attempt: attempt.step() > commits(run)[0], "a step was told of")
+    finally:
+        own.stop()
+
+
 def test_drain_without_a_run_has_nothing_to_wait_for(nodes: RayNodes) -> None:
     begin = time.monotonic()
     drained = drain(nodes, "worker-0")
@@ -219,6 +241,37 @@ def test_a_failure_is_in_the_last_document_and_in_the_exit_code(
     assert told.phase is TrainerPhase.FAILED
     assert told.failure is not None
     assert told.failure.failure_class is FailureClass.MODEL_DENIED
+
+
+def announce_the_end_of_a_worker(nodes: RayNodes) -> None:
+    """As a spot node's agent does: Ray is told that a node with a rank goes in five minutes."""
+    find = "import ray; ray.init(log_to_driver=False); print(*(n['NodeID'] for n in ray.nodes() if 'CPU' in n['Resources']))"
+    python = subprocess.run(
+        [sys.executable, "-c", find],
+        env=nodes.node_env("head"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert python.returncode == 0, python.stderr
+    told = subprocess.run(
+        [
+            *(
+                str(Path(sys.executable).parent / "ray"),
+                "drain-node",
+                f"--address={nodes.node_env('head')['RAY_ADDRESS']}",
+            ),
+            *(f"--node-id={python.stdout.split()[0]}", "--reason=DRAIN_NODE_REASON_PREEMPTION"),
+            *("--reason-message=spot", "--deadline-remaining-seconds=300"),
+        ],
+        env=nodes.node_env("head"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert told.returncode == 0, told.stderr
 
 
 def stored_log(run: Run, name: str, attempt: int = 1) -> str:

@@ -58,8 +58,6 @@ _RAY_DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
-    # Ranks learn of a drain through the Relay: spare the process that would watch for it.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Ray Train tries for ever to start ranks for which there are no nodes. A pod that was lost is back in a minute or two.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
 }

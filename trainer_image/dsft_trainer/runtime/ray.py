@@ -35,7 +35,7 @@ from dsft_trainer.runtime import Outcome, Place, Wishes
 from dsft_trainer.runtime.channel import ECHOES, Channel
 from dsft_trainer.runtime.oom import oom_kills
 from dsft_trainer.runtime.ray_relay import NAMESPACE, RELAY_PREFIX, Relay
-from dsft_trainer.runtime.ray_starts import Silence, run_starts
+from dsft_trainer.runtime.ray_starts import Notices, Silence, run_starts
 from dsft_trainer.runtime.starts import Start
 from dsft_trainer.watchdog import MARGIN_SECONDS
 
@@ -147,6 +147,8 @@ def launch(job: Job, channel: Channel) -> Outcome:
     Raises:
         TrainerError: the failure that a rank reported, or how Ray lost it.
     """
+    # A program hears of nodes that are about to go from Ray Train; for our ranks `Notices` listens, without a process of its own.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0" if job.spec.program is None else "1")
     # Importing Ray Train takes a second, in which Ray can start.
     imports = threading.Thread(target=importlib.import_module, args=("dsft_trainer.runtime.ray_trainer",), daemon=True)
     imports.start()
@@ -258,7 +260,14 @@ def _settings(job: Job, **book: Any) -> dict[str, Any]:
 def _fit(job: Job, start: Start, channel: Channel, relay: Any) -> None:
     oom_kills_before = oom_kills()
     trainer = _program_trainer(job, relay, start) if job.spec.program else _trainer(job, relay, start)
-    error = _fit_apart(trainer, Silence(job, start, relay).look)
+    silence, notices = Silence(job, start, relay), Notices(relay)
+
+    def look() -> None:
+        silence.look()
+        if job.spec.program is None:
+            notices.look()
+
+    error = _fit_apart(trainer, look)
     _close(relay)
     failure = _failure(channel, error, oom_kills_before)
     if failure is not None:

@@ -107,3 +107,32 @@ class Silence:
         kind = "GPU" if self._ranks.device == "cuda" else "CPU"
         missing = self._ranks.count - int(ray.cluster_resources().get(kind, 0))
         return f"waiting for nodes: {missing} of {self._ranks.count} {kind}s are missing" if missing > 0 else None
+
+
+class Notices:
+    """Ray's word that a node is about to go (a spot node's last minutes, an autoscaler's drain): the run commits and stops.
+
+    As where a pod is deleted, whose preStop hook asks for the same. Nodes that were leaving before have no ranks of this start.
+    """
+
+    def __init__(self, relay: Any) -> None:
+        self._relay = relay
+        self._leaving: frozenset[str] | None = None
+        self._next_look = 0.0
+
+    def look(self) -> None:
+        """Cheap: looks once a second."""
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + LOOK_SECONDS
+        try:
+            # What Ray Train's own watcher asks; there is no public way.
+            leaving = frozenset(ray._private.state.state.get_draining_nodes())
+            new = leaving - self._leaving if self._leaving is not None else frozenset[str]()
+            if new:
+                log.warning("Ray is about to lose node %s: the ranks shall commit and stop", ", ".join(sorted(new)))
+                ray.get(self._relay.request_drain.remote(), timeout=10)
+        except ray.exceptions.RayError as error:
+            log.warning("which nodes are leaving is not known: %s", error)
+        else:
+            self._leaving = leaving
