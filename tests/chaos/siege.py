@@ -35,6 +35,8 @@ WORKERS = 2
 # For all steps of a run, on a machine that is busy with other things too.
 FINISH_SECONDS = 1200.0
 WAIT_SECONDS = 600.0
+# For what was killed, and what needed it, to be gone.
+END_SECONDS = 60.0
 STEPPING = (TrainerPhase.TRAINING, TrainerPhase.EVALUATING, TrainerPhase.SAVING)
 
 
@@ -78,6 +80,7 @@ class Siege:
         self._started: list[tuple[ExitStack, subprocess.Popen[bytes]]] = []
         self._in_vain = 0
         self._judged: set[ClaimId] = set()
+        self._dying: list[tuple[float, list[psutil.Process]]] = []
 
     @property
     def process(self) -> "subprocess.Popen[bytes]":
@@ -118,7 +121,8 @@ class Siege:
         with self._braked():
             self._judge(following, newest, exact=card.kind is Kind.COMMIT or card.victim is Victim.MACHINE)
             self._in_vain = self._in_vain + 1 if healed and following.base_step == claim.base_step else 0
-            self._clear(hit.members)
+        self._dying.append((time.monotonic() + END_SECONDS, hit.members))
+        self._bury(time.monotonic())
         return Blow(
             card,
             runtime,
@@ -138,6 +142,7 @@ class Siege:
         assert self.run.local().finished
         assert self.ledger.look()
         assert_same_training(self.run, self.reference)
+        wait_until(self._all_buried, "the end of all that was killed", 2 * END_SECONDS)
 
     def _hit(self, card: Card, claim: Claim) -> "_Hit":
         """Wait for the moment, and kill."""
@@ -256,10 +261,16 @@ class Siege:
                 self.training.assert_equal(self.run, claim)
                 self._judged.add(claim.id)
 
-    def _clear(self, members: list[psutil.Process]) -> None:
-        """What was killed, and all that needed it, is gone by itself."""
-        wait_until(lambda: not any(map(is_alive, members)), f"the end of {members}", 60)
-        while len(self._started) > 1:
+    def _all_buried(self) -> bool:
+        self._bury(time.monotonic())
+        return not self._dying
+
+    def _bury(self, now: float) -> None:
+        """What was killed, and all that needed it, goes by itself; meanwhile its successor is killed in its turn."""
+        self._dying = [(deadline, members) for deadline, members in self._dying if any(map(is_alive, members))]
+        late = [members for deadline, members in self._dying if deadline < now]
+        assert not late, f"still there: {late}"
+        while len(self._started) > 1 and not self._dying:
             self._started.pop(0)[0].close()
 
     @contextmanager
