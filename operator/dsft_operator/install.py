@@ -63,6 +63,7 @@ RIGHTS = (
     Right("", "pods", ("get", "list", "watch"), "why a pod does not start, how a container ended"),
     Right("", "events", ("list", "create"), "why KubeRay or the kubelet says no; tell about a run"),
     Right("", "secrets", ("create",), "the Ray token of a cluster; never read"),
+    Right("", "nodes", ("get",), "what is wrong with a node on which a container ended"),
     Right("networking.k8s.io", "networkpolicies", ("create",), "close a run's Ray to others"),
     Right("kueue.x-k8s.io", "workloads", ("list",), "why a queue lets a run wait"),
 )

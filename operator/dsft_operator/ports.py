@@ -60,6 +60,10 @@ class Kube(Protocol):
         """Warning Events about an object of the run's namespace, oldest first."""
         ...
 
+    async def node_trouble(self, name: str) -> str | None:
+        """What is wrong with a node, in its own conditions' words; None if nothing is."""
+        ...
+
     async def create(self, manifest: Manifest) -> None:
         """Create an object; one of that name that exists already is success."""
         ...

@@ -22,7 +22,7 @@ from kubernetes.aio.client.exceptions import ApiException
 from dsft_api import API_VERSION, KIND
 from dsft_api.status import FineTuneStatus
 from dsft_operator.adapters import kueue
-from dsft_operator.adapters.reading import Judge, cluster_of, pod_of, run_of, warnings_of
+from dsft_operator.adapters.reading import Judge, cluster_of, pod_of, run_of, trouble_of, warnings_of
 from dsft_operator.adapters.recorder import event
 from dsft_operator.config import OperatorConfig
 from dsft_operator.core import naming
@@ -146,6 +146,15 @@ class KubeApi:
         if response.status != 200:
             raise KubeError(f"events cannot be listed: {raw.get('message')}")
         return warnings_of(raw["items"])
+
+    async def node_trouble(self, name: str) -> str | None:
+        response = await _done(self._core.read_node_without_preload_content(name, _request_timeout=TIMEOUT_SECONDS))
+        raw = json.loads(await _done(response.read()))
+        if response.status == 404:
+            return "it is gone"
+        if response.status != 200:
+            raise KubeError(f"node {name} cannot be read: {raw.get('message')}")
+        return trouble_of(raw)
 
     async def create(self, manifest: Manifest) -> None:
         namespace = manifest["metadata"]["namespace"]

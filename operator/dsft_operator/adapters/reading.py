@@ -213,6 +213,16 @@ def _last_seen(event: Json) -> str:
     return next((time for time in times if time), event["metadata"].get("creationTimestamp") or "")
 
 
+def trouble_of(node: Json) -> str | None:
+    """What a node's conditions complain of. All but Ready are complaints where they are true."""
+    conditions: list[Json] = (node.get("status") or {}).get("conditions", [])
+    wrong = [c for c in conditions if c.get("status") != ("True" if c["type"] == "Ready" else "False")]
+    return (
+        "; ".join(f"{c['type']}={c['status']} ({c.get('reason', '')}: {c.get('message', '')[:150]})" for c in wrong)
+        or None
+    )
+
+
 def pod_of(raw: Json) -> Pod:
     """A Ray pod: where it is, whether it is ready, and what keeps it from it."""
     meta: Json = raw["metadata"]

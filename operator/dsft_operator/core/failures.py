@@ -1,7 +1,7 @@
 """How an attempt failed, from the best witness there is: the trainer's own report, then Kubernetes, then Ray."""
 
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from dsft_api.conditions import ExitCode, FailureClass
 from dsft_api.progress import Progress
@@ -75,9 +75,10 @@ def loss(seen: Observed, message: str) -> Cause:
 
 
 def with_evidence(cause: Cause, seen: Observed) -> Cause:
-    """The cause with how containers ended in this attempt, for the book: the pods are about to go."""
-    seen_ends = [str(ended) for ended in evidence_of(seen)[-_SHOWN:]]
-    ends = "; ".join(dict.fromkeys(text for text in seen_ends if text not in cause.message))
+    """The cause with how containers ended in this attempt, and where, for the book: the pods are about to go."""
+    signs = [str(ended) for ended in evidence_of(seen)[-_SHOWN:]]
+    signs += [f"node {name}: {trouble}" for name, trouble in seen.nodes.items()]
+    ends = "; ".join(dict.fromkeys(text for text in signs if text not in cause.message))
     told = report_of(seen)
     failure = told.failure if told is not None else None
     host = failure.host if failure is not None else None
@@ -86,6 +87,13 @@ def with_evidence(cause: Cause, seen: Observed) -> Cause:
     if not ends:
         return cause
     return replace(cause, message=f"{cause.message[:500]} (seen: {ends[:400]})")
+
+
+def suspect_nodes(seen: Observed, now: datetime) -> tuple[str, ...]:
+    """Those of which it matters what Kubernetes says: containers ended there, or do not end though they should."""
+    ends = [ended.node for ended in evidence_of(seen)[-_SHOWN:]]
+    late = [pod.node for pod in seen.pods if pod.gone_by is not None and pod.gone_by < now]
+    return tuple(dict.fromkeys(node for node in (*ends, *late) if node))[:_SHOWN]
 
 
 def is_echo(cause: Cause) -> bool:

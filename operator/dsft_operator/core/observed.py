@@ -161,3 +161,4 @@ class Observed:
     )
     queue: Queueing | Unknown | None = None
     evidence: tuple[Ended, ...] = ()  # containers that ended in this attempt, also of pods that are gone
+    nodes: Mapping[str, str] = field(default_factory=dict[str, str])  # what is wrong with those on which they ended

@@ -14,6 +14,7 @@ from dsft_api.conditions import WAITS, ConditionType, Phase, Reason
 from dsft_api.status import FineTuneStatus
 from dsft_operator.config import OperatorConfig
 from dsft_operator.core import decision as do
+from dsft_operator.core.failures import suspect_nodes
 from dsft_operator.core.naming import cluster_name, save_id
 from dsft_operator.core.observed import Cluster, Ended, Head, Observed, RayJob, Run, Unknown
 from dsft_operator.core.plan import plan
@@ -142,6 +143,7 @@ class Reconciler:
         evidence = self.evidence.add(key, tuple(ended for pod in pods for ended in pod.ended))
         seen = replace(seen, pods=pods, evidence=evidence)
         seen = await self._observe_words(key, seen, cluster)
+        seen = await self._observe_nodes(seen)
         # Before our own uid is in the status, the token was not made and nobody could answer.
         if known is None or known.uid != cluster.uid:
             return seen
@@ -166,6 +168,16 @@ class Reconciler:
         words = {name: warnings[-1] for name, warnings in told.items() if warnings}
         pods = tuple(replace(pod, warning=words.get(pod.name)) for pod in seen.pods)
         return replace(seen, pods=pods)
+
+    async def _observe_nodes(self, seen: Observed) -> Observed:
+        """What is wrong with the nodes that an attempt may have ended on, or is about to."""
+        suspects = suspect_nodes(seen, self._clock.now())
+        try:
+            troubles = {name: await self._kube.node_trouble(name) for name in suspects}
+        except KubeError as error:
+            log.info("what is wrong with a node cannot be read: %s", error)
+            return seen
+        return replace(seen, nodes={name: trouble for name, trouble in troubles.items() if trouble})
 
     async def _observe_ray(self, seen: Observed, cluster: Cluster) -> Observed:
         if not cluster.head_ready or cluster.head_address is None:

@@ -90,6 +90,11 @@ class FakeKube:
         said = self._world.said.get(uid, ())
         return said if isinstance(said, tuple) else ()
 
+    async def node_trouble(self, name: str) -> str | None:
+        self._up()
+        self._may("Node")
+        return self._world.troubles.get(name)
+
     async def create(self, manifest: Manifest) -> None:
         self._may(manifest["kind"])
         self._write(lambda: self._create(manifest))

@@ -99,6 +99,7 @@ class World:
     refused: dict[str, str] = field(default_factory=dict[str, str])  # kind or verb -> the words it is refused with
     asked: str | None = None  # annotation dsft.dev/checkpoint-request
     said: dict[str, Queueing | tuple[Warned, ...]] = field(default_factory=dict[str, Any])  # uid -> what its owner says
+    troubles: dict[str, str] = field(default_factory=dict[str, str])  # node -> what is wrong with it
     judge: Judge = field(default_factory=lambda: Judge(CONFIG))
     _read: Run | None = None
     _seen_status: tuple[dict[str, Any], FineTuneStatus] | None = None
