@@ -215,12 +215,11 @@ def _last_seen(event: Json) -> str:
 
 def trouble_of(node: Json) -> str | None:
     """What a node's conditions complain of. All but Ready are complaints where they are true."""
-    conditions: list[Json] = (node.get("status") or {}).get("conditions", [])
+    status: Json = node.get("status") or {}
+    conditions: list[Json] = status.get("conditions", [])
     wrong = [c for c in conditions if c.get("status") != ("True" if c["type"] == "Ready" else "False")]
-    return (
-        "; ".join(f"{c['type']}={c['status']} ({c.get('reason', '')}: {c.get('message', '')[:150]})" for c in wrong)
-        or None
-    )
+    words = [f"{c['type']}={c.get('status')} ({c.get('reason', '')}: {c.get('message', '')[:150]})" for c in wrong]
+    return "; ".join(words) or None
 
 
 def pod_of(raw: Json) -> Pod:
