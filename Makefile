@@ -105,14 +105,16 @@ lint: venv ## Style, types and import contracts
 	$(BIN)/lint-imports --no-cache
 
 .PHONY: generate
-generate: venv ## Write crds/, docs/reference/ and examples/install/ from the code
+generate: venv ## Write crds/, docs/reference/, examples/install/ and parts of charts/ from the code
 	$(BIN)/python -m dsft_api.generate
 	$(BIN)/python -m dsft_operator.install
+	$(BIN)/python -m dsft_operator.chart
 
 .PHONY: verify
 verify: venv ## Fail if a generated file is not fresh
 	$(BIN)/python -m dsft_api.generate --check
 	$(BIN)/python -m dsft_operator.install --check
+	$(BIN)/python -m dsft_operator.chart --check
 
 # Real runs, killed 100 times: 25 minutes on an idle machine of two cores.
 KILLS ?= 100

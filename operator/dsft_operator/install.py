@@ -63,12 +63,15 @@ RIGHTS = (
     Right("", "pods", ("get", "list", "watch"), "why a pod does not start, how a container ended"),
     Right("", "events", ("list", "create"), "why KubeRay or the kubelet says no; tell about a run"),
     Right("", "secrets", ("create",), "the Ray token of a cluster; never read"),
-    Right("", "nodes", ("get",), "what is wrong with a node on which a container ended"),
     Right("networking.k8s.io", "networkpolicies", ("create",), "close a run's Ray to others"),
     Right("kueue.x-k8s.io", "workloads", ("list",), "why a queue lets a run wait"),
 )
+# In the whole cluster, or not at all.
+CLUSTER_RIGHTS = (Right("", "nodes", ("get",), "what is wrong with a node on which a container ended"),)
 # In the operator's own namespace.
 OWN_RIGHTS = (Right("", "secrets", ("get",), "the root key of the Ray tokens", OperatorConfig().root_key_secret),)
+# There too. One that serves all namespaces may do so anyway.
+ROOT_KEY_RIGHT = Right("", "secrets", ("create",), "make that root key, once")
 
 
 def manifests(image: str, config: Mapping[str, Any], *, namespace: str = NAMESPACE) -> list[Manifest]:
@@ -85,7 +88,7 @@ def manifests(image: str, config: Mapping[str, Any], *, namespace: str = NAMESPA
     return [
         {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}},
         {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": here},
-        _rbac("ClusterRole", {"name": NAME}, rules=[right.to_rule() for right in RIGHTS]),
+        _rbac("ClusterRole", {"name": NAME}, rules=[right.to_rule() for right in (*RIGHTS, *CLUSTER_RIGHTS)]),
         _rbac("ClusterRoleBinding", {"name": NAME}, roleRef=_role("ClusterRole"), subjects=[account]),
         _rbac("Role", here, rules=[right.to_rule() for right in OWN_RIGHTS]),
         _rbac("RoleBinding", here, roleRef=_role("Role"), subjects=[account]),

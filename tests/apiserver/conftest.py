@@ -11,7 +11,7 @@ from dsft_operator.install import FILE, NAME, NAMESPACE
 from tests.apiserver.fake_head import FakeHead
 from tests.apiserver.scene import ROOT, Operator, Scene
 from tests.apiserver.server import ApiServer, Runs
-from tests.cluster.build import kubernetes
+from tests.cluster.build import HELM, kubernetes
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.crds import our_crds, raycluster_crd
 from tests.cluster.kuberay.controller import Standin
@@ -22,12 +22,13 @@ HERE = Path(__file__).resolve().parent
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Build the server before the first test: minutes, where a fixture would run into the timeout of its test."""
+    """Build the server, and Helm, before the first test: minutes, where a fixture would run into the timeout of its test."""
     if session.config.option.collectonly or not any(HERE in item.path.parents for item in session.items):
         return
     capture = session.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():
         kubernetes()
+        HELM.built()
 
 
 @pytest.fixture(scope="session")

@@ -147,6 +147,14 @@ COREDNS = GoProgram(
     minutes=1,
 )
 
+HELM = GoProgram(
+    name="helm",
+    version="4.3.1",
+    sources=HERE / "helm",
+    module="helm.sh/helm/v4",
+    minutes=2,
+)
+
 
 def kubernetes(*, node: bool = False) -> Path:
     """The binary whose first argument names a component of Kubernetes; with `node`, also those of a node."""
@@ -262,7 +270,7 @@ def main() -> None:
     parser.add_argument("--lock", action="store_true", help="write the go.sum files anew instead")
     options = parser.parse_args()
     if options.lock:
-        for program in (CLUSTER, COREDNS):
+        for program in (CLUSTER, COREDNS, HELM):
             program.lock()
     else:
         print(kubernetes(node=options.node))

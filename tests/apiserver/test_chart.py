@@ -1,0 +1,33 @@
+"""What the chart makes, taken by a real API server: no field that it does not know, no value that it refuses."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from kubernetes.client import CoreV1Api, V1Namespace, V1ObjectMeta
+
+from tests.apiserver.server import ApiServer
+from tests.charts.conftest import FOLDER, Helm
+from tests.cluster.build import HELM
+
+# Of the Prometheus operator, which is not here.
+FOREIGN = ("ServiceMonitor",)
+
+
+@pytest.fixture(scope="module")
+def namespaces(api_server: ApiServer) -> None:
+    """Those that the values name. They go with the server; the operator's may be there already."""
+    core = CoreV1Api(api_server.client)
+    there = {namespace.metadata.name for namespace in core.list_namespace().items}
+    for name in {"dsft-system", "team-a", "team-b"} - there:
+        core.create_namespace(V1Namespace(metadata=V1ObjectMeta(name=name)))
+
+
+@pytest.mark.usefixtures("namespaces")
+@pytest.mark.parametrize("values", sorted((FOLDER / "ci").glob("*.yaml")), ids=lambda path: path.stem)
+def test_all_objects_are_accepted(api_server: ApiServer, tmp_path: Path, values: Path) -> None:
+    made = Helm(HELM.built(), tmp_path).render(values)
+    ours = [document for document in made if document["kind"] not in FOREIGN]
+    options = ("--server-side", "--force-conflicts", "--dry-run=server", "--validate=strict")
+    told = api_server.plane.kubectl("apply", *options, "--filename=-", stdin=yaml.safe_dump_all(ours))
+    assert len(told.splitlines()) == len(ours)

@@ -1,0 +1,83 @@
+"""The chart, rendered by the real Helm."""
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dsft_operator.chart import CHART, REPOSITORY
+from tests.cluster.build import HELM
+
+HERE = Path(__file__).resolve().parent
+FOLDER = REPOSITORY / CHART
+MINIMAL = FOLDER / "ci" / "minimal-values.yaml"
+
+Document = dict[str, Any]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Build Helm before the first test: minutes, where a fixture would run into the timeout of its test."""
+    if session.config.option.collectonly or not any(HERE in item.path.parents for item in session.items):
+        return
+    capture = session.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        HELM.built()
+
+
+@dataclass(frozen=True)
+class Helm:
+    """Commands that need no cluster."""
+
+    program: Path
+    folder: Path
+
+    def __call__(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        """Run it, away from the user's own settings; whatever the exit code."""
+        env = {
+            "HELM_CACHE_HOME": f"{self.folder}/cache",
+            "HELM_CONFIG_HOME": f"{self.folder}/config",
+            "HELM_DATA_HOME": f"{self.folder}/data",
+        }
+        return subprocess.run(
+            [str(self.program), *arguments], env=env, capture_output=True, text=True, timeout=120, check=False
+        )
+
+    def render(self, *values: Path, **settings: Any) -> list[Document]:
+        """The objects of a release `dsft` in namespace `dsft-system`. `settings`: values by their first key."""
+        done = self.template(*values, **settings)
+        assert done.returncode == 0, done.stderr
+        return [document for document in yaml.safe_load_all(done.stdout) if document]
+
+    def refused(self, **settings: Any) -> str:
+        """Why values are refused."""
+        done = self.template(**settings)
+        assert done.returncode != 0, done.stdout
+        return done.stderr
+
+    def template(self, *values: Path, **settings: Any) -> "subprocess.CompletedProcess[str]":
+        """`helm template`, with the files one upon the other; the minimal values if there are none."""
+        files = list(values or (MINIMAL,))
+        if settings:
+            files.append(self.folder / "values.yaml")
+            files[-1].write_text(yaml.safe_dump(settings))
+        options = [option for file in files for option in ("--values", str(file))]
+        return self("template", "dsft", str(FOLDER), "--namespace", "dsft-system", *options)
+
+
+@pytest.fixture
+def helm(tmp_path: Path) -> Helm:
+    return Helm(HELM.built(), tmp_path)
+
+
+def one(documents: list[Document], kind: str, name: str | None = None) -> Document:
+    """The only object of a kind, or of that name."""
+    (found,) = [d for d in documents if d["kind"] == kind and name in (None, d["metadata"]["name"])]
+    return found
+
+
+def kinds(documents: list[Document]) -> list[str]:
+    """Of all objects, sorted."""
+    return sorted(document["kind"] for document in documents)

@@ -1,0 +1,226 @@
+"""What the chart makes of its values, by the real Helm."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dsft_operator.chart import CRD, REPOSITORY
+from dsft_operator.config import OperatorConfig
+from dsft_operator.install import manifests
+from tests.charts.conftest import FOLDER, MINIMAL, Document, Helm, kinds, one
+
+CI = sorted((FOLDER / "ci").glob("*.yaml"))
+FULL = FOLDER / "ci" / "full-values.yaml"
+
+
+@pytest.mark.parametrize("values", CI, ids=lambda path: path.stem)
+def test_lint_has_nothing_to_say(helm: Helm, values: Path) -> None:
+    done = helm("lint", "--strict", str(FOLDER), "--values", str(values))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_least_that_is_made(helm: Helm) -> None:
+    assert kinds(helm.render()) == [
+        *["ClusterRole"] * 4,
+        "ClusterRoleBinding",
+        "ConfigMap",
+        "CustomResourceDefinition",
+        "Deployment",
+        "Role",
+        "RoleBinding",
+        "Service",
+        "ServiceAccount",
+    ]
+
+
+def test_all_that_is_made(helm: Helm) -> None:
+    made = helm.render(FULL)
+    assert kinds(made) == [
+        *["ClusterRole"] * 3,
+        "ConfigMap",
+        "CustomResourceDefinition",
+        "Deployment",
+        "NetworkPolicy",
+        *["Role"] * 3,
+        *["RoleBinding"] * 3,
+        "Service",
+        "ServiceAccount",
+        "ServiceMonitor",
+    ]
+    assert {document["metadata"]["labels"]["owner"] for document in made} == {"platform"}
+
+
+def test_the_rights_are_those_of_the_table(helm: Helm) -> None:
+    """And of the plain manifests: what the API server tests run under."""
+    plain, made = manifests("image", {}), helm.render()
+    wanted, found = one(plain, "ClusterRole")["rules"], one(made, "ClusterRole", "dsft-dsft-operator")["rules"]
+    assert sorted(map(repr, found)) == sorted(map(repr, wanted))
+    assert one(made, "Role")["rules"][0] == one(plain, "Role")["rules"][0]
+
+
+def test_with_namespaces_there_is_no_right_of_the_whole_cluster(helm: Helm) -> None:
+    made = helm.render(config={"watchNamespaces": ["team-a", "team-b"]})
+    assert not [d for d in made if d["kind"] == "ClusterRoleBinding"]
+    roles = {(d["metadata"]["namespace"], d["metadata"]["name"]): d for d in made if d["kind"] == "Role"}
+    assert set(roles) == {
+        ("team-a", "dsft-dsft-operator-runs"),
+        ("team-b", "dsft-dsft-operator-runs"),
+        ("dsft-system", "dsft-dsft-operator"),
+    }
+    rules = roles["team-a", "dsft-dsft-operator-runs"]["rules"]
+    assert not [rule for rule in rules if "nodes" in rule["resources"]]
+    subjects = [s for d in made if d["kind"] == "RoleBinding" for s in d["subjects"]]
+    assert {(s["name"], s["namespace"]) for s in subjects} == {("dsft-dsft-operator", "dsft-system")}
+
+
+def test_users_may_write_runs_and_not_their_status(helm: Helm) -> None:
+    rules = {
+        d["metadata"]["name"].rpartition("-")[2]: d["rules"][0]
+        for d in helm.render()
+        if any(label.startswith("rbac.authorization.k8s.io/aggregate-to-") for label in d["metadata"]["labels"])
+    }
+    assert {rule["resources"][0] for rule in rules.values()} == {"deepspeedfinetunes"}
+    assert rules["view"]["verbs"] == ["get", "list", "watch"]
+    assert set(rules["edit"]["verbs"]) == {*rules["view"]["verbs"], "create", "update", "patch", "delete"}
+    assert set(rules["admin"]["verbs"]) == {*rules["edit"]["verbs"], "deletecollection"}
+
+
+def test_the_crd_is_the_one_in_crds(helm: Helm) -> None:
+    plain = yaml.safe_load((REPOSITORY / CRD).read_text())
+    made = one(helm.render(), "CustomResourceDefinition")
+    assert made["spec"] == plain["spec"]
+    assert made["metadata"]["name"] == plain["metadata"]["name"]
+    assert made["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+    assert not one(helm.render(crds={"keep": False}), "CustomResourceDefinition")["metadata"]["annotations"]
+    assert "CustomResourceDefinition" not in kinds(helm.render(crds={"install": False}))
+
+
+def test_the_operator_reads_the_settings_that_were_given(helm: Helm) -> None:
+    made = helm.render(FULL)
+    config = OperatorConfig.model_validate(yaml.safe_load(one(made, "ConfigMap")["data"]["config.yaml"]))
+    assert config.watch_namespaces == ("team-a", "team-b")
+    assert config.intervals.running_seconds == 5
+    assert config.root_key_secret == "ray-root-key"
+    own = one(made, "Role", "dsft")["rules"]
+    assert own[0] == {"apiGroups": [""], "resources": ["secrets"], "verbs": ["get"], "resourceNames": ["ray-root-key"]}
+
+
+def test_other_settings_start_another_pod(helm: Helm) -> None:
+    def checksum(made: list[Document]) -> str:
+        return one(made, "Deployment")["spec"]["template"]["metadata"]["annotations"]["checksum/config"]
+
+    assert checksum(helm.render()) == checksum(helm.render(logLevel="debug"))
+    assert checksum(helm.render()) != checksum(helm.render(config={"workers": 4}))
+
+
+def container(made: list[Document]) -> Document:
+    (found,) = one(made, "Deployment")["spec"]["template"]["spec"]["containers"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("image", "reference"),
+    [
+        ({}, "registry.example.com/dsft-operator:0.1.0"),
+        ({"tag": "edge"}, "registry.example.com/dsft-operator:edge"),
+        (
+            {"tag": "edge", "digest": f"sha256:{'0' * 64}"},
+            f"registry.example.com/dsft-operator@sha256:{'0' * 64}",
+        ),
+    ],
+    ids=["the chart's version", "a tag", "a digest beats the tag"],
+)
+def test_image(helm: Helm, image: dict[str, Any], reference: str) -> None:
+    assert (
+        container(helm.render(image={"repository": "registry.example.com/dsft-operator"} | image))["image"] == reference
+    )
+
+
+def test_environment_has_each_name_once_and_ours_wins(helm: Helm) -> None:
+    """A name that is there twice is refused under server-side apply."""
+    extra = [
+        {"name": "HTTPS_PROXY", "value": "http://a"},
+        {"name": "HTTPS_PROXY", "value": "http://b"},
+        {"name": "POD_NAMESPACE", "value": "elsewhere"},
+    ]
+    variables = container(helm.render(extraEnv=extra))["env"]
+    assert sorted(variable["name"] for variable in variables) == [
+        "DSFT_CONFIG",
+        "DSFT_LOG_LEVEL",
+        "HTTPS_PROXY",
+        "POD_NAMESPACE",
+    ]
+    by_name = {variable["name"]: variable for variable in variables}
+    assert by_name["HTTPS_PROXY"]["value"] == "http://b"
+    assert by_name["POD_NAMESPACE"]["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.namespace"
+
+
+def test_the_pod_is_the_plain_manifests_pod(helm: Helm) -> None:
+    """Probes, resources, security: one of the two would be forgotten."""
+    ours, plain = container(helm.render()), container(manifests("image", {}))
+    for part in (
+        "startupProbe",
+        "readinessProbe",
+        "livenessProbe",
+        "resources",
+        "securityContext",
+        "ports",
+        "volumeMounts",
+    ):
+        assert ours[part] == plain[part], part
+    pod = one(helm.render(), "Deployment")["spec"]["template"]
+    assert pod["metadata"]["labels"]["app.kubernetes.io/name"] == "dsft-operator", (
+        "each run's NetworkPolicy asks for it"
+    )
+    assert pod["spec"]["securityContext"]["runAsNonRoot"]
+
+
+def test_the_services_pods_are_the_deployments(helm: Helm) -> None:
+    made = helm.render(FULL)
+    labels = one(made, "Deployment")["spec"]["template"]["metadata"]["labels"].items()
+    assert one(made, "Deployment")["spec"]["selector"]["matchLabels"].items() <= labels
+    assert one(made, "Service")["spec"]["selector"].items() <= labels
+    assert one(made, "NetworkPolicy")["spec"]["podSelector"]["matchLabels"].items() <= labels
+    monitored = one(made, "ServiceMonitor")["spec"]["selector"]["matchLabels"].items()
+    assert monitored <= one(made, "Service")["metadata"]["labels"].items()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"image": {"repository": ""}}, "image.repository: name the operator's image"),
+        ({"replicas": 2}, "/replicas"),
+        ({"imag": {}}, "imag"),
+        ({"config": {"namespace": "elsewhere"}}, "namespace"),
+        ({"config": {"storage": {"ur": "s3://b"}}}, "/config/storage"),
+        ({"serviceAccount": {"create": False}}, "serviceAccount.name: name the ServiceAccount"),
+        (
+            {"metrics": {"service": {"enabled": False}, "serviceMonitor": {"enabled": True}}},
+            "set metrics.service.enabled too",
+        ),
+    ],
+    ids=[
+        "no image",
+        "two replicas",
+        "a key that is not known",
+        "a namespace",
+        "a misspelt setting",
+        "no account",
+        "monitor",
+    ],
+)
+def test_wrong_values_are_refused_in_words(helm: Helm, values: dict[str, Any], words: str) -> None:
+    assert words in helm.refused(**values)
+
+
+def test_an_account_of_ones_own(helm: Helm) -> None:
+    made = helm.render(serviceAccount={"create": False, "name": "mine"})
+    assert "ServiceAccount" not in kinds(made)
+    assert one(made, "Deployment")["spec"]["template"]["spec"]["serviceAccountName"] == "mine"
+    assert one(made, "ClusterRoleBinding")["subjects"][0]["name"] == "mine"
+
+
+def test_minimal_values_are_all_that_must_be_given() -> None:
+    assert yaml.safe_load(MINIMAL.read_text()) == {"image": {"repository": "registry.example.com/dsft-operator"}}
