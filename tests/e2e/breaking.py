@@ -26,15 +26,26 @@ for pid in filter(str.isdigit, os.listdir("/proc")):
         os.kill(int(pid), signal.SIGSTOP)
         print(pid)
 """
-# Takes memory, and touches it, slowly enough for Ray's monitor, until somebody in the container was killed for it.
+# Takes memory, and touches it, slowly enough for Ray's monitor, until a rank in the container is gone. In several processes:
+# the kernel kills the largest, as it counts, and that must be the rank.
 _EAT_MEMORY = """
-import pathlib, time
-USED = [pathlib.Path("/sys/fs/cgroup", name) for name in ("memory.current", "memory/memory.usage_in_bytes")]
-used = lambda: next(int(path.read_text()) for path in USED if path.exists())
-eaten, most = [], 0
-while used() > most - 2**28:
-    most = max(most, used())
-    eaten.append(b"x" * 2**23)
+import os, time
+def ranks():
+    found = set()
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            name = open(f"/proc/{pid}/cmdline").read()
+        except OSError:
+            continue
+        if name.startswith("ray::RayTrainWorker"):
+            found.add(pid)
+    return found
+doomed, eaten = ranks(), []
+for _ in range(7):
+    if not os.fork():
+        break
+while doomed <= ranks():
+    eaten.append(b"x" * 2**20)
     time.sleep(0.1)
 """
 
