@@ -39,7 +39,7 @@ REST_SECONDS = RESYNC_SECONDS * 1.2 + 20
 MOST_SECONDS = 6000.0
 
 SILENCE = "the connection was reset"
-KUBE_READS = ("run", "runs", "cluster", "pods", "queueing", "warnings")
+KUBE_READS = ("run", "runs", "cluster", "pods", "queueing", "warnings", "node_trouble")
 RAY_READS = ("head", "job", "progress")
 MOST_LATE = 3
 

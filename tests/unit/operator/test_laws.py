@@ -167,5 +167,5 @@ def test_no_action_and_no_port_changes_what_is_not_ours() -> None:
         "StopJob",
     }
     verbs = {name for name, _ in inspect.getmembers(Kube, inspect.isfunction) if not name.startswith("_")}
-    reads = {"run", "runs", "cluster", "pods", "queueing", "warnings", "token"}
+    reads = {"run", "runs", "cluster", "pods", "queueing", "warnings", "node_trouble", "token"}
     assert verbs - reads == {"create", "create_token", "delete_cluster", "set_finalizer", "apply_status", "event"}
