@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from kubernetes.client import ApiException, CoreV1Api, CustomObjectsApi, NetworkingV1Api
+from kubernetes.client import CoreV1Api, CustomObjectsApi, NetworkingV1Api
 
 from tests.apiserver.fake_head import FakeHead
 from tests.apiserver.server import ApiServer, Runs
@@ -99,14 +99,8 @@ class Scene:
         return next((c for c in self.status().get("conditions", ()) if c["type"] == kind), {})
 
     def clusters(self) -> list[Document]:
-        """None where there is no such API, as for a moment after KubeRay's CRD has come back."""
         objects = CustomObjectsApi(self.api.client)
-        try:
-            return objects.list_namespaced_custom_object("ray.io", "v1", self.runs.namespace, "rayclusters")["items"]
-        except ApiException as answer:
-            if answer.status != 404:
-                raise
-            return []
+        return objects.list_namespaced_custom_object("ray.io", "v1", self.runs.namespace, "rayclusters")["items"]
 
     def children(self) -> list[str]:
         """What is there of the run's Secrets, NetworkPolicies and pods."""
