@@ -214,10 +214,13 @@ def _last_seen(event: Json) -> str:
 
 
 def trouble_of(node: Json) -> str | None:
-    """What a node's conditions complain of. All but Ready are complaints where they are true."""
+    """What a node's conditions complain of: Ready where it is not true, all others where they are.
+
+    Of a node that is silent all are Unknown, of which Ready says enough.
+    """
     status: Json = node.get("status") or {}
     conditions: list[Json] = status.get("conditions", [])
-    wrong = [c for c in conditions if c.get("status") != ("True" if c["type"] == "Ready" else "False")]
+    wrong = [c for c in conditions if (c.get("status") == "True") != (c["type"] == "Ready")]
     words = [f"{c['type']}={c.get('status')} ({c.get('reason', '')}: {c.get('message', '')[:150]})" for c in wrong]
     return "; ".join(words) or None
 

@@ -20,6 +20,7 @@ READY = {"type": "Ready", "status": "True", "reason": "KubeletReady", "message":
 CALM = {"type": "MemoryPressure", "status": "False", "reason": "KubeletHasSufficientMemory", "message": "enough"}
 SILENT = {"type": "Ready", "status": "Unknown", "reason": "NodeStatusUnknown", "message": "Kubelet stopped posting"}
 FAULTY = {"type": "GpuUnhealthy", "status": "True", "reason": "Xid79", "message": "fell off the bus"}
+UNHEARD = {**CALM, "status": "Unknown", "reason": "NodeStatusUnknown", "message": "Kubelet stopped posting"}
 SILENCE = "Ready=Unknown (NodeStatusUnknown: Kubelet stopped posting)"
 FAULT = "GpuUnhealthy=True (Xid79: fell off the bus)"
 
@@ -29,7 +30,7 @@ FAULT = "GpuUnhealthy=True (Xid79: fell off the bus)"
     [
         ([READY, CALM], None),
         ([], None),
-        ([CALM, SILENT], SILENCE),
+        ([UNHEARD, SILENT], SILENCE),
         ([READY, FAULTY], FAULT),
         ([FAULTY, SILENT], f"{FAULT}; {SILENCE}"),
     ],
