@@ -83,6 +83,8 @@ class FaultyS3:
         self._gates: list[Gate] = []
         self._upstream = urlsplit(upstream).netloc
         self._transfer = threading.Lock()
+        self._count = threading.Lock()
+        self._on_their_way = 0
         self._address = address
         self._server = _Server((address, 0), self._handler())
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -107,6 +109,21 @@ class FaultyS3:
     def is_down(self) -> bool:
         return time.monotonic() < self.down_until
 
+    @property
+    def is_quiet(self) -> bool:
+        """No request is on its way, but for those that a gate holds. One whose sender is dead may still arrive."""
+        return self._on_their_way == 0
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        with self._count:
+            self._on_their_way += 1
+        try:
+            yield
+        finally:
+            with self._count:
+                self._on_their_way -= 1
+
     def _answer(self, method: str, path: str, body: bytes, headers: dict[str, str], port: int) -> _Answer | None:
         """What to reply; None to cut the connection."""
         if self.is_down:
@@ -116,9 +133,10 @@ class FaultyS3:
             return 403, [("Content-Type", "application/xml")], _DENIED
         gate = next((gate for gate in self._gates if not gate.is_open and gate.matches(method, path)), None)
         if gate is None:
-            if method == "PUT" and self.seconds_per_put:
-                threading.Event().wait(self.seconds_per_put)
-            return self._ask(method, path, body, headers)
+            with self._counted():
+                if method == "PUT" and self.seconds_per_put:
+                    threading.Event().wait(self.seconds_per_put)
+                return self._ask(method, path, body, headers)
         return gate.lead(Held(path, port), lambda: self._ask(method, path, body, headers))
 
     def _ask(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> _Answer | None:

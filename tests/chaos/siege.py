@@ -107,6 +107,9 @@ class Siege:
         hit = self._hit(card, claim)
         if card.victim is Victim.NOBODY:
             return self._outlasted(card, claim, hit)
+        if card.victim is Victim.MACHINE:
+            # What it sent while it lived is not called back.
+            self._wait(lambda: self.proxy.is_quiet, "the last of what it sent", may_end=True)
         newest = self.ledger.newest(claim.id)
         torn = sum(not whole for whole in self.run.checkpoints().values())
         healed = self._heals(claim, newest) if card.victim is Victim.WORKER and runtime == "ray" else False
