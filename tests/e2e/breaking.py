@@ -15,21 +15,8 @@ from tests.s3_faults import FaultyS3, faulty
 UP_SECONDS = 60.0
 DRAIN_SECONDS = 180
 # A rank's process is named after the actor that it is.
-_STOP_A_RANK = """
-import os, signal
-for pid in filter(str.isdigit, os.listdir("/proc")):
-    try:
-        name = open(f"/proc/{pid}/cmdline").read()
-    except OSError:
-        continue
-    if name.startswith("ray::RayTrainWorker"):
-        os.kill(int(pid), signal.SIGSTOP)
-        print(pid)
-"""
-# Takes memory, and touches it, slowly enough for Ray's monitor, until a rank in the container is gone. In several processes:
-# the kernel kills the largest, as it counts, and that must be the rank.
-_EAT_MEMORY = """
-import os, time
+_RANKS = """
+import os, signal, time
 def ranks():
     found = set()
     for pid in filter(str.isdigit, os.listdir("/proc")):
@@ -38,8 +25,17 @@ def ranks():
         except OSError:
             continue
         if name.startswith("ray::RayTrainWorker"):
-            found.add(pid)
+            found.add(int(pid))
     return found
+"""
+_STOP_A_RANK = f"""{_RANKS}
+for pid in ranks():
+    os.kill(pid, signal.SIGSTOP)
+    print(pid)
+"""
+# Takes memory, and touches it, slowly enough for Ray's monitor, until a rank in the container is gone. In several processes:
+# the kernel kills the largest, as it counts, and that must be the rank.
+_EAT_MEMORY = f"""{_RANKS}
 doomed, eaten = ranks(), []
 for _ in range(7):
     if not os.fork():

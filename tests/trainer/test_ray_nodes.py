@@ -246,32 +246,13 @@ def test_a_failure_is_in_the_last_document_and_in_the_exit_code(
 def announce_the_end_of_a_worker(nodes: RayNodes) -> None:
     """As a spot node's agent does: Ray is told that a node with a rank goes in five minutes."""
     find = "import ray; ray.init(log_to_driver=False); print(*(n['NodeID'] for n in ray.nodes() if 'CPU' in n['Resources']))"
-    python = subprocess.run(
-        [sys.executable, "-c", find],
-        env=nodes.node_env("head"),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert python.returncode == 0, python.stderr
-    told = subprocess.run(
-        [
-            *(
-                str(Path(sys.executable).parent / "ray"),
-                "drain-node",
-                f"--address={nodes.node_env('head')['RAY_ADDRESS']}",
-            ),
-            *(f"--node-id={python.stdout.split()[0]}", "--reason=DRAIN_NODE_REASON_PREEMPTION"),
-            *("--reason-message=spot", "--deadline-remaining-seconds=300"),
-        ],
-        env=nodes.node_env("head"),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert told.returncode == 0, told.stderr
+    found = on_node(nodes, "head", sys.executable, "-c", find)
+    assert found.returncode == 0, found.stdout
+    address, node = nodes.node_env("head")["RAY_ADDRESS"], found.stdout.split()[-1]
+    notice = ("--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=300")
+    ray = str(Path(sys.executable).parent / "ray")
+    told = on_node(nodes, "head", ray, "drain-node", f"--address={address}", f"--node-id={node}", *notice)
+    assert told.returncode == 0, told.stdout
 
 
 def stored_log(run: Run, name: str, attempt: int = 1) -> str:
@@ -281,8 +262,13 @@ def stored_log(run: Run, name: str, attempt: int = 1) -> str:
 
 def drain(nodes: RayNodes, name: str) -> "subprocess.CompletedProcess[str]":
     """What the preStop hook of a node's pod does."""
+    return on_node(nodes, name, sys.executable, "-m", "dsft_trainer", "drain")
+
+
+def on_node(nodes: RayNodes, name: str, *command: str) -> "subprocess.CompletedProcess[str]":
+    """Run a command as in a node's container; all that it prints is its stdout."""
     return subprocess.run(
-        [sys.executable, "-m", "dsft_trainer", "drain"],
+        command,
         env=nodes.node_env(name),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
