@@ -147,8 +147,9 @@ def launch(job: Job, channel: Channel) -> Outcome:
     Raises:
         TrainerError: the failure that a rank reported, or how Ray lost it.
     """
-    # A program hears of nodes that are about to go from Ray Train; for our ranks `Notices` listens, without a process of its own.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0" if job.spec.program is None else "1")
+    if job.spec.program is None:
+        # `Notices` listens for nodes that are about to go: spare the process that would. A program hears of them from Ray Train.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # Importing Ray Train takes a second, in which Ray can start.
     imports = threading.Thread(target=importlib.import_module, args=("dsft_trainer.runtime.ray_trainer",), daemon=True)
     imports.start()
