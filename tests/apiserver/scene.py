@@ -17,7 +17,7 @@ from tests.apiserver.server import ApiServer, Runs
 from tests.unit.operator.situations import SPEC
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 60.0
+SECONDS = 120.0
 ROOT_KEY = "dsft-root-key"
 Document = dict[str, Any]
 
