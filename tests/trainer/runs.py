@@ -209,9 +209,18 @@ def ranks(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
     for member in psutil.Process(process.pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             is_forked = all(_FORK_SERVER in " ".join(_command(part)) for part in (member, member.parent()))
-            if is_alive(member) and ("RayTrainWorker" in member.name() or is_forked):
+            if is_alive(member) and (is_rank_of_ray(member) or is_forked):
                 found.append(member)
     return found
+
+
+def is_rank_of_ray(process: psutil.Process) -> bool:
+    """By its name, which a child has too between its fork and what it then runs. False for one that is gone."""
+    try:
+        parent = process.parent()
+        return "RayTrainWorker" in process.name() and (parent is None or "RayTrainWorker" not in parent.name())
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _command(process: psutil.Process | None) -> list[str]:

@@ -16,7 +16,7 @@ from dsft_api.conditions import ExitCode, FailureClass
 from dsft_api.progress import TrainerPhase
 from tests.trainer import tiny
 from tests.trainer.ray_nodes import Attempt, RayNodes, attempt, resource
-from tests.trainer.runs import Manifest, causal_lm
+from tests.trainer.runs import Manifest, causal_lm, is_alive, is_rank_of_ray
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -123,7 +123,7 @@ def told_of_group(attempt: Attempt, group: int) -> bool:
 
 
 def kill_rank(nodes: RayNodes) -> None:
-    (rank,) = [process for process in nodes.members("tight") if "RayTrainWorker" in process.name()]
+    (rank,) = [process for process in nodes.members("tight") if is_alive(process) and is_rank_of_ray(process)]
     rank.kill()
 
 
