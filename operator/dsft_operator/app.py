@@ -6,11 +6,14 @@
 
 import asyncio
 import logging
+import os
 import random
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
+from uuid import uuid4
 
 import aiohttp
 from aiohttp import web
@@ -20,13 +23,15 @@ from prometheus_client import Gauge
 
 from dsft_operator.adapters.kube import KubeApi
 from dsft_operator.adapters.kube_requests import bounded, environment_proxy
+from dsft_operator.adapters.leases import KubeLeases
 from dsft_operator.adapters.ray_jobs import RayJobsHttp
 from dsft_operator.config import OperatorConfig
 from dsft_operator.ports import Key, KubeError, KubeRayMissing
 from dsft_operator.runtime.health import Health
 from dsft_operator.runtime.http import application
 from dsft_operator.runtime.kopf_bridge import EventSource
-from dsft_operator.runtime.reconciler import Evidence, Reconciler
+from dsft_operator.runtime.leader import Elector
+from dsft_operator.runtime.reconciler import Reconciler
 from dsft_operator.runtime.workers import resync, work
 from dsft_operator.runtime.workqueue import WorkQueue
 
@@ -56,21 +61,21 @@ async def run(config: OperatorConfig) -> None:
         kube = KubeApi(api, config)
         queue = WorkQueue()
         DEPTH.set_function(lambda: len(queue))
+        elector = _elector(api, config)
         ray = RayJobsHttp(session, config.ray.dashboard_port, config.ray.request_timeout_seconds)
-        reconciler = Reconciler(kube, ray, SystemClock(), config)
+        reconciler = Reconciler(kube, ray, SystemClock(), config, may_act=elector.leads if elector else lambda: True)
         health = Health(config.intervals.resync_seconds)
-        watches = Watches(config, queue, kube, health, reconciler.evidence)
+        watches = Watches(config, queue, kube, health, reconciler)
         await stack.enter_async_context(_Server(application(health.problems, watches.obstacles), config.http_port))
         chance = random.Random()  # noqa: S311  jitter, no secret
         tasks = [
-            *(asyncio.create_task(work(queue, reconciler), name=f"worker-{n}") for n in range(config.workers)),
+            asyncio.create_task(act(elector, queue, reconciler, config.workers), name="workers"),
             asyncio.create_task(
                 resync(queue, kube, health, reconciler, config.intervals.resync_seconds, chance), name="resync"
             ),
             asyncio.create_task(health.beat(), name="heart"),
             asyncio.create_task(watches.run(), name="watches"),
         ]
-        log.info("started", extra={"workers": config.workers})
         stop = asyncio.create_task(stopped.wait())
         done, _ = await asyncio.wait([*tasks, stop], return_when=asyncio.FIRST_COMPLETED)
         for task in (*tasks, stop):
@@ -81,17 +86,49 @@ async def run(config: OperatorConfig) -> None:
         log.info("stopped")
 
 
+def _elector(api: client.ApiClient, config: OperatorConfig) -> Elector | None:
+    settings = config.leader_election
+    if not settings.enabled:
+        return None
+    leases = KubeLeases(api, config.namespace, settings.lease_name, settings.renew_seconds)
+    # A container that is started again in its pod is alone by that name, and need not wait for its own Lease's end.
+    identity = os.environ.get("POD_NAME") or f"{socket.gethostname()}_{uuid4()}"
+    return Elector(leases, identity, settings)
+
+
+async def act(elector: Elector | None, queue: WorkQueue, reconciler: Reconciler, workers: int) -> None:
+    """Work on the queue while this replica leads, until cancelled. The watches fill it meanwhile: a standby is warm."""
+    while True:
+        if elector is not None:
+            await elector.acquire()
+        log.info("started", extra={"workers": workers})
+        tasks = [asyncio.create_task(work(queue, reconciler), name=f"worker-{n}") for n in range(workers)]
+        if elector is not None:
+            tasks.append(asyncio.create_task(elector.keep(), name="leader"))
+        try:
+            over, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            reconciler.forget()
+            if elector is not None:
+                await elector.release()
+        for task in over:
+            task.result()  # raises what ended it, if it was not the Lease
+
+
 class Watches:
     """The event source, begun anew when KubeRay's API comes or goes."""
 
     def __init__(
-        self, config: OperatorConfig, queue: WorkQueue, kube: KubeApi, health: Health, evidence: Evidence
+        self, config: OperatorConfig, queue: WorkQueue, kube: KubeApi, health: Health, reconciler: Reconciler
     ) -> None:
         self._config = config
         self._queue = queue
         self._kube = kube
         self._health = health
-        self._evidence = evidence
+        self._reconciler = reconciler
         self._source: EventSource | None = None
 
     def obstacles(self) -> Iterator[str]:
@@ -100,17 +137,17 @@ class Watches:
             yield "the watches are not up"
 
     async def run(self) -> None:
-        """Watch until cancelled or signalled."""
+        """Watch until cancelled."""
         while True:
             installed = await self._has_kuberay()
             if not installed:
                 log.warning("KubeRay is not installed: waiting for its API")
-            self._source = EventSource(self._config, self._queue, self._health, self._evidence, with_kuberay=installed)
+            note = self._reconciler.note
+            self._source = EventSource(self._config, self._queue, self._health, note, with_kuberay=installed)
             task = asyncio.create_task(self._source.run())
             try:
                 while await self._has_kuberay() == installed:
-                    if (await asyncio.wait([task], timeout=KUBERAY_PROBE_SECONDS))[0]:
-                        return
+                    await asyncio.wait([task], timeout=KUBERAY_PROBE_SECONDS)
             finally:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)

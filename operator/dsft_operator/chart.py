@@ -102,6 +102,12 @@ class NetworkPolicy(Strict):
     )
 
 
+class PodDisruptionBudget(Strict):
+    """How many replicas may be evicted at once."""
+
+    enabled: bool = Field(default=True, description="Let one replica at most be evicted; made where there are two.")
+
+
 class Variable(ApiModel):
     """An environment variable, as in a pod."""
 
@@ -121,7 +127,12 @@ class Values(Strict):
 
     image: Image = Field(default_factory=Image, description="The operator's image.")
     image_pull_secrets: list[Reference] = Field(default_factory=list[Reference], description="Secrets for it.")
-    replicas: Literal[1] = Field(default=1, description="1, until the operator has leader election.")
+    replicas: int = Field(
+        default=2, ge=1, le=10, description="One acts, the others stand by (`config.leaderElection`)."
+    )
+    pod_disruption_budget: PodDisruptionBudget = Field(
+        default_factory=PodDisruptionBudget, description="How many replicas may be evicted at once."
+    )
     config: FreeForm = Field(
         default_factory=dict,
         description="The operator's settings (OperatorConfig): `image.trainer`, `storage`, `watchNamespaces`, and more.",
@@ -140,6 +151,11 @@ class Values(Strict):
     node_selector: dict[str, str] = Field(default_factory=dict, description="Where its pod may run.")
     affinity: FreeForm = Field(default_factory=dict, description="Where its pod may run.")
     tolerations: list[FreeForm] = Field(default_factory=list[FreeForm], description="Where its pod may run.")
+    topology_spread_constraints: list[FreeForm] = Field(
+        default_factory=list[FreeForm],
+        description="Where its pods may run; without a labelSelector they are counted by the release's. "
+        "Empty: on different nodes, if possible.",
+    )
     pod_labels: dict[str, str] = Field(default_factory=dict, description="More labels of its pod.")
     pod_annotations: dict[str, str] = Field(default_factory=dict, description="More annotations of its pod.")
     common_labels: dict[str, str] = Field(default_factory=dict, description="Labels of every object.")
@@ -195,7 +211,13 @@ def rights_template() -> str:
 def _rules(name: str, rights: Sequence[Right]) -> str:
     lines = [line for right in rights for line in (f"# {right.why}", f"- {json.dumps(right.to_rule())}")]
     text = "\n".join([f'{{{{- define "{name}" -}}}}', *lines, "{{- end -}}", ""])
-    return text.replace(f'"{OperatorConfig().root_key_secret}"', '{{ include "dsft.rootKeySecret" . | toJson }}')
+    names = {
+        OperatorConfig().root_key_secret: "dsft.rootKeySecret",
+        OperatorConfig().leader_election.lease_name: "dsft.leaseName",
+    }
+    for name, template in names.items():
+        text = text.replace(f'["{name}"]', f'[{{{{ include "{template}" . | toJson }}}}]')
+    return text
 
 
 def crd_template(crd: str) -> str:
@@ -247,8 +269,9 @@ helm install dsft charts/dsft-operator --namespace dsft-system --create-namespac
   --set config.storage.uri=s3://BUCKET/dsft
 ```
 
-KubeRay must be there, or come later: until then runs wait, and say so. One replica runs: leader election, alerts and a
-dashboard are not in the chart yet.
+KubeRay must be there, or come later: until then runs wait, and say so. Two replicas run, of which one acts; the other takes
+over within seconds of a clean end, and within 20 s where the first one dies, hangs or is cut off. Alerts and a dashboard are
+not in the chart yet.
 
 With `config.watchNamespaces` the operator has Roles in these namespaces, which must exist, and no right of the whole cluster;
 then it does not read what is wrong with a node.

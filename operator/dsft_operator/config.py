@@ -5,10 +5,10 @@ Unknown keys are refused: a misspelt setting of an admin must not be a default i
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal, Self, cast
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dsft_api.base import ApiModel, DnsLabel, ObjectName, Uri
 from dsft_api.spec.placement import ImageSpec, StorageSpec
@@ -50,6 +50,27 @@ class ClientLimits(ApiModel):
     burst: int = Field(default=100, ge=1, description="Requests at once after a calm.")
 
 
+class LeaderElection(ApiModel):
+    """Which of several replicas acts; the others stand by. After client-go, whose defaults these are."""
+
+    enabled: bool = Field(default=True, description="Off: every process acts, so there must be one only.")
+    lease_name: ObjectName = Field(
+        default="dsft-operator", description="Lease in the operator's namespace, shared by the replicas."
+    )
+    lease_seconds: int = Field(default=15, ge=1, description="A standby takes over a Lease not renewed for that long.")
+    renew_seconds: float = Field(default=10, gt=0, description="A leader that cannot renew for that long stops acting.")
+    retry_seconds: float = Field(default=2, gt=0, description="Between two renewals, and two looks of a standby.")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if not self.retry_seconds < self.renew_seconds < self.lease_seconds:
+            raise ValueError(
+                f"retrySeconds {self.retry_seconds:g} < renewSeconds {self.renew_seconds:g} < leaseSeconds "
+                f"{self.lease_seconds} does not hold: else two replicas may act at once, or none for long"
+            )
+        return self
+
+
 class OperatorConfig(ApiModel):
     """Settings of one operator."""
 
@@ -70,6 +91,7 @@ class OperatorConfig(ApiModel):
     ray: RayDefaults = Field(default_factory=RayDefaults, description="The trainer image's Ray.")
     intervals: Intervals = Field(default_factory=Intervals, description="How often the operator looks.")
     client: ClientLimits = Field(default_factory=ClientLimits, description="Requests to the API server.")
+    leader_election: LeaderElection = Field(default_factory=LeaderElection, description="Which replica acts.")
     workers: int = Field(default=8, ge=1, le=64, description="Resources that are worked on at the same time.")
     http_port: int = Field(default=8080, ge=0, le=65535, description="Port of /healthz, /readyz and /metrics; 0: any.")
 

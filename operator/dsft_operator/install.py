@@ -69,7 +69,13 @@ RIGHTS = (
 # In the whole cluster, or not at all.
 CLUSTER_RIGHTS = (Right("", "nodes", ("get",), "what is wrong with a node on which a container ended"),)
 # In the operator's own namespace.
-OWN_RIGHTS = (Right("", "secrets", ("get",), "the root key of the Ray tokens", OperatorConfig().root_key_secret),)
+_SETTINGS = OperatorConfig()
+_LEASE = _SETTINGS.leader_election.lease_name
+OWN_RIGHTS = (
+    Right("", "secrets", ("get",), "the root key of the Ray tokens", _SETTINGS.root_key_secret),
+    Right("coordination.k8s.io", "leases", ("get", "update"), "which replica acts", _LEASE),
+    Right("coordination.k8s.io", "leases", ("create",), "make that Lease, once"),
+)
 # There too. One that serves all namespaces may do so anyway.
 ROOT_KEY_RIGHT = Right("", "secrets", ("create",), "make that root key, once")
 
@@ -115,8 +121,6 @@ def _deployment(image: str, metadata: Manifest, config: str) -> Manifest:
         "metadata": metadata | {"labels": labels},
         "spec": {
             "replicas": 1,
-            # There is no leader election yet. Two at once would double nothing, but quarrel where their settings differ.
-            "strategy": {"type": "Recreate"},
             "selector": {"matchLabels": labels},
             "template": {"metadata": {"labels": labels, "annotations": annotations}, "spec": _pod(image)},
         },
@@ -130,9 +134,10 @@ def _pod(image: str) -> Manifest:
         "image": image,
         "env": [
             {"name": "POD_NAMESPACE", "valueFrom": {"fieldRef": {"fieldPath": "metadata.namespace"}}},
+            {"name": "POD_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},
             {"name": "DSFT_CONFIG", "value": "/etc/dsft/config.yaml"},
         ],
-        "ports": [{"name": "http", "containerPort": OperatorConfig().http_port}],
+        "ports": [{"name": "http", "containerPort": _SETTINGS.http_port}],
         # On a node that starts many pods at once, as after a drain, it takes a minute to come up: no reason to begin anew.
         "startupProbe": {"httpGet": {"path": "/healthz", "port": "http"}, **probe, "failureThreshold": 60},
         "readinessProbe": {"httpGet": {"path": "/readyz", "port": "http"}, **probe},

@@ -1,5 +1,6 @@
 """What the reconciler needs from the world, as protocols: the adapters implement them, tests put fakes in their place."""
 
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple, Protocol
 
@@ -95,6 +96,33 @@ class Kube(Protocol):
 
 class KubeRayMissing(KubeError):  # noqa: N818  a fact about the cluster
     """There is no RayCluster API."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Who of several replicas leads."""
+
+    holder: str
+    """Empty if it was given back."""
+    seconds: float
+    """For how long after its last change it holds."""
+    transitions: int = 0
+    acquired: datetime | None = None
+    """When its holder took it; None: now."""
+    version: str = ""
+    """resourceVersion; empty if there is no such object yet."""
+
+
+class Leases(Protocol):
+    """The one Lease of the replicas. Raises: KubeError."""
+
+    async def read(self) -> Lease | None:
+        """As it is; None if nobody made it."""
+        ...
+
+    async def write(self, lease: Lease) -> Lease:
+        """Make it or change it; as it is then. Raises Conflict if it is not any more what `lease` was made from."""
+        ...
 
 
 class RayJobs(Protocol):

@@ -33,6 +33,7 @@ class Operator:
     process: "subprocess.Popen[bytes] | None" = None
     starts: int = 0
     options: Document = field(default_factory=dict[str, Any])
+    environment: dict[str, str] = field(default_factory=dict[str, str])
 
     def start(self) -> None:
         file = self.folder / "config.yaml"
@@ -43,6 +44,8 @@ class Operator:
             "ray": {"dashboardPort": self.port},
             "intervals": {"provisioningSeconds": 1, "runningSeconds": 0.5, "backoffSeconds": 1, "queuedSeconds": 1},
             "httpPort": 0,
+            # One is killed often, and the next one should not wait for the end of its Lease.
+            "leaderElection": {"enabled": False},
             **self.options,
         }
         file.write_text(yaml.safe_dump(document))
@@ -52,6 +55,7 @@ class Operator:
                 [sys.executable, "-m", "dsft_operator"],
                 env={
                     **os.environ,
+                    **self.environment,
                     "KUBECONFIG": str(self.kubeconfig),
                     "DSFT_CONFIG": str(file),
                     "PYTHONPATH": os.pathsep.join([str(ROOT / "operator"), str(ROOT / "trainer_image")]),

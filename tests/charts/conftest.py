@@ -10,6 +10,7 @@ import yaml
 
 from dsft_operator.chart import CHART, REPOSITORY
 from tests.cluster.build import HELM
+from tests.cluster.helm_command import helm as run_helm
 
 HERE = Path(__file__).resolve().parent
 FOLDER = REPOSITORY / CHART
@@ -31,19 +32,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 class Helm:
     """Commands that need no cluster."""
 
-    program: Path
     folder: Path
 
     def __call__(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
-        """Run it, away from the user's own settings; whatever the exit code."""
-        env = {
-            "HELM_CACHE_HOME": f"{self.folder}/cache",
-            "HELM_CONFIG_HOME": f"{self.folder}/config",
-            "HELM_DATA_HOME": f"{self.folder}/data",
-        }
-        return subprocess.run(
-            [str(self.program), *arguments], env=env, capture_output=True, text=True, timeout=120, check=False
-        )
+        """Run it, whatever the exit code."""
+        return run_helm(self.folder, *arguments)
 
     def render(self, *values: Path, **settings: Any) -> list[Document]:
         """The objects of a release `dsft` in namespace `dsft-system`. `settings`: values by their first key."""
@@ -69,7 +62,7 @@ class Helm:
 
 @pytest.fixture
 def helm(tmp_path: Path) -> Helm:
-    return Helm(HELM.built(), tmp_path)
+    return Helm(tmp_path)
 
 
 def one(documents: list[Document], kind: str, name: str | None = None) -> Document:

@@ -28,6 +28,7 @@ def test_the_least_that_is_made(helm: Helm) -> None:
         "ConfigMap",
         "CustomResourceDefinition",
         "Deployment",
+        "PodDisruptionBudget",
         "Role",
         "RoleBinding",
         "Service",
@@ -43,6 +44,7 @@ def test_all_that_is_made(helm: Helm) -> None:
         "CustomResourceDefinition",
         "Deployment",
         "NetworkPolicy",
+        "PodDisruptionBudget",
         *["Role"] * 3,
         *["RoleBinding"] * 3,
         "Service",
@@ -57,7 +59,9 @@ def test_the_rights_are_those_of_the_table(helm: Helm) -> None:
     plain, made = manifests("image", {}), helm.render()
     wanted, found = one(plain, "ClusterRole")["rules"], one(made, "ClusterRole", "dsft-dsft-operator")["rules"]
     assert sorted(map(repr, found)) == sorted(map(repr, wanted))
-    assert one(made, "Role")["rules"][0] == one(plain, "Role")["rules"][0]
+    own, plain_own = one(made, "Role")["rules"], one(plain, "Role")["rules"]
+    assert own[: len(plain_own)] == plain_own
+    assert len(own) == len(plain_own) + 1, "it may make the root key, which the plain one may in all namespaces"
 
 
 def test_with_namespaces_there_is_no_right_of_the_whole_cluster(helm: Helm) -> None:
@@ -115,6 +119,41 @@ def test_other_settings_start_another_pod(helm: Helm) -> None:
     assert checksum(helm.render()) != checksum(helm.render(config={"workers": 4}))
 
 
+def test_two_replicas_on_two_nodes_of_which_one_may_go(helm: Helm) -> None:
+    made = helm.render()
+    deployment, budget = one(made, "Deployment")["spec"], one(made, "PodDisruptionBudget")["spec"]
+    assert deployment["replicas"] == 2
+    assert "strategy" not in deployment, "rolling: the old ones act until the new ones stand by"
+    (spread,) = deployment["template"]["spec"]["topologySpreadConstraints"]
+    assert (spread["topologyKey"], spread["whenUnsatisfiable"]) == ("kubernetes.io/hostname", "ScheduleAnyway")
+    labels = deployment["selector"]["matchLabels"]
+    assert spread["labelSelector"]["matchLabels"] == budget["selector"]["matchLabels"] == labels
+    assert budget["maxUnavailable"] == 1
+    assert "PodDisruptionBudget" not in kinds(helm.render(replicas=1)), "it would keep a node from being drained"
+    assert "PodDisruptionBudget" not in kinds(helm.render(podDisruptionBudget={"enabled": False}))
+
+
+def test_spread_as_the_user_wants_it(helm: Helm) -> None:
+    mine = {"matchLabels": {"a": "b"}}
+    zones: Document = {"maxSkew": 2, "topologyKey": "topology.kubernetes.io/zone", "whenUnsatisfiable": "DoNotSchedule"}
+    made = helm.render(topologySpreadConstraints=[zones, zones | {"labelSelector": mine}])
+    first, second = one(made, "Deployment")["spec"]["template"]["spec"]["topologySpreadConstraints"]
+    selector = one(made, "Deployment")["spec"]["selector"]
+    assert first == zones | {"labelSelector": selector}
+    assert second == zones | {"labelSelector": mine}
+
+
+def test_without_leader_election_there_is_never_a_second_one(helm: Helm) -> None:
+    made = helm.render(replicas=1, config={"leaderElection": {"enabled": False}})
+    assert one(made, "Deployment")["spec"]["strategy"] == {"type": "Recreate"}
+
+
+def test_the_right_to_the_lease_is_to_the_one_that_is_used(helm: Helm) -> None:
+    made = helm.render(config={"leaderElection": {"leaseName": "mine"}})
+    rules = [rule for rule in one(made, "Role")["rules"] if rule["resources"] == ["leases"]]
+    assert rules[0]["resourceNames"] == ["mine"]
+
+
 def container(made: list[Document]) -> Document:
     (found,) = one(made, "Deployment")["spec"]["template"]["spec"]["containers"]
     return found
@@ -150,6 +189,7 @@ def test_environment_has_each_name_once_and_ours_wins(helm: Helm) -> None:
         "DSFT_CONFIG",
         "DSFT_LOG_LEVEL",
         "HTTPS_PROXY",
+        "POD_NAME",
         "POD_NAMESPACE",
     ]
     by_name = {variable["name"]: variable for variable in variables}
@@ -191,7 +231,8 @@ def test_the_services_pods_are_the_deployments(helm: Helm) -> None:
     ("values", "words"),
     [
         ({"image": {"repository": ""}}, "image.repository: name the operator's image"),
-        ({"replicas": 2}, "/replicas"),
+        ({"replicas": 0}, "/replicas"),
+        ({"config": {"leaderElection": {"enabled": False}}}, "needs config.leaderElection.enabled"),
         ({"imag": {}}, "imag"),
         ({"config": {"namespace": "elsewhere"}}, "namespace"),
         ({"config": {"storage": {"ur": "s3://b"}}}, "/config/storage"),
@@ -203,7 +244,8 @@ def test_the_services_pods_are_the_deployments(helm: Helm) -> None:
     ],
     ids=[
         "no image",
-        "two replicas",
+        "no replica",
+        "two that both act",
         "a key that is not known",
         "a namespace",
         "a misspelt setting",

@@ -12,7 +12,7 @@ from uuid import uuid4
 from dsft_api import PLURAL
 from dsft_api.conditions import ConditionType
 from dsft_api.status import FineTuneStatus
-from tests.cluster.crds import ROOT, our_crds
+from tests.cluster.crds import ROOT
 from tests.cluster.kubectl import Kubectl
 from tests.cluster.operator_install import Install, tenant_namespace
 from tests.cluster.up import images_in_use, in_use
@@ -27,7 +27,6 @@ def main() -> int:
     """Exit code 0 if the run succeeded."""
     cluster, images = in_use(), images_in_use()
     kubectl = Kubectl(cluster.kubeconfig)
-    kubectl("apply", "--server-side", "--force-conflicts", *(f"--filename={path}" for path in our_crds()))
     Install.apply(kubectl, images, cluster.storage, f"s3://{cluster.storage.bucket}/demo")
     namespace = f"demo-{uuid4().hex[:4]}"
     kubectl.apply(*tenant_namespace(namespace, cluster.storage))

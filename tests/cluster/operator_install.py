@@ -1,24 +1,31 @@
-"""The operator in a cluster, as a pod from its image under its own ServiceAccount, and what a tenant's namespace needs.
+"""The operator in a cluster, installed by Helm as its users do, and what a tenant's namespace needs.
 
 What an admin decides for all runs is the OperatorConfig here: the trainer image, the storage, and short intervals.
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from dsft_operator.install import NAME, NAMESPACE, manifests
+from dsft_operator.config import OperatorConfig
+from dsft_operator.install import NAME, NAMESPACE
+from tests.cluster.crds import ROOT
+from tests.cluster.helm_command import helm
 from tests.cluster.images import Images
 from tests.cluster.kubectl import Kubectl
 from tests.cluster.up import Storage
 
+CHART = ROOT / "charts" / "dsft-operator"
 S3_SECRET = "s3"
-ROLLOUT_SECONDS = 180
+LEASE = OperatorConfig().leader_election.lease_name
+ROLLOUT_SECONDS = 300
 Document = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Install:
-    """The operator of one cluster."""
+    """The operator of one cluster: a release of the chart."""
 
     kubectl: Kubectl
 
@@ -26,26 +33,59 @@ class Install:
     def apply(cls, kubectl: Kubectl, images: Images, storage: Storage, storage_uri: str) -> "Install":
         """Install it, or bring the one that is there to this image and these settings; returns when it is ready."""
         install = cls(kubectl.within(NAMESPACE))
-        config = operator_config(images.trainer, storage, storage_uri)
-        kubectl.apply(*manifests(images.operator, config))
-        install.wait_ready()
+        install.upgrade(CHART, values(images.operator, operator_config(images.trainer, storage, storage_uri)))
         return install
 
+    def upgrade(self, chart: Path, values: Document) -> None:
+        """`helm upgrade --install --wait`."""
+        # A CRD that somebody applied before is the release's from now on.
+        options = ("--install", "--create-namespace", "--take-ownership", "--wait", f"--timeout={ROLLOUT_SECONDS}s")
+        self._helm("upgrade", NAME, str(chart), *options, "--values=-", stdin=json.dumps(values))
+
+    def uninstall(self) -> None:
+        """`helm uninstall --wait`: the CRD stays, and what the operator itself made."""
+        self._helm("uninstall", NAME, "--wait", f"--timeout={ROLLOUT_SECONDS}s")
+
     def wait_ready(self) -> None:
-        """Until the newest pod is ready and the only one."""
+        """Until the newest pods are ready and the only ones."""
         seconds = f"--timeout={ROLLOUT_SECONDS}s"
         self.kubectl("rollout", "status", f"deployment/{NAME}", seconds, seconds=ROLLOUT_SECONDS + 10)
 
+    def pods(self) -> list[Document]:
+        """Its pods, also those on their way out."""
+        return self.kubectl.read("pods", f"--selector=app.kubernetes.io/name={NAME}")["items"]
+
+    def leader(self) -> str:
+        """The pod that acts; empty if none does."""
+        return self.kubectl.read("lease", LEASE)["spec"].get("holderIdentity") or ""
+
     def log(self, lines: int = 100) -> str:
-        """The end of its log."""
-        return self.kubectl("logs", f"deployment/{NAME}", f"--tail={lines}")
+        """The ends of its pods' logs."""
+        return self.kubectl("logs", f"--selector=app.kubernetes.io/name={NAME}", "--prefix", f"--tail={lines}")
+
+    def _helm(self, *arguments: str, stdin: str | None = None) -> None:
+        place = (f"--kubeconfig={self.kubectl.kubeconfig}", f"--namespace={NAMESPACE}")
+        folder = self.kubectl.kubeconfig.with_name("helm")
+        done = helm(folder, *arguments, *place, stdin=stdin, seconds=ROLLOUT_SECONDS + 30)
+        if done.returncode:
+            raise AssertionError(f"helm {arguments[0]}: {done.stderr.strip()}")
+
+
+def values(image: str, config: Document) -> Document:
+    """Values of the chart for an operator image by its digest, or by a tag."""
+    name, at, digest = image.partition("@")
+    name, _, tag = (name, "", "") if at else name.rpartition(":")
+    return {
+        "image": {"repository": name, "digest": digest, "tag": tag},
+        "config": config,
+        # There is one node only: `kubectl drain` would wait for ever for the second replica.
+        "podDisruptionBudget": {"enabled": False},
+    }
 
 
 def operator_config(trainer_image: str, storage: Storage, storage_uri: str) -> Document:
     """What the admin of a test cluster decides."""
     return {
-        "apiVersion": "config.dsft.dev/v1alpha1",
-        "kind": "OperatorConfig",
         "image": {"trainer": trainer_image},
         "storage": {
             "uri": storage_uri,

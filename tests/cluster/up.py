@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from tests.cluster.build import COREDNS, kubernetes
 from tests.cluster.control_plane import ControlPlane
-from tests.cluster.crds import our_crds, raycluster_crd
+from tests.cluster.crds import raycluster_crd
 from tests.cluster.images import Images, build_and_push, start_registry
 from tests.cluster.kuberay.start import start_kuberay
 from tests.cluster.node import start_node
@@ -63,7 +63,7 @@ def in_use(env: Mapping[str, str] = os.environ) -> Cluster:
     """The cluster that KUBECONFIG names, with the storage that the environment names; else ours, started if need be.
 
     With KUBECONFIG: DSFT_S3_ENDPOINT, DSFT_S3_BUCKET, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY name the storage. The
-    cluster has KubeRay and our CRD.
+    cluster has KubeRay.
 
     Raises:
         RuntimeError: a variable is missing, or the cluster did not start.
@@ -122,7 +122,7 @@ def _start() -> None:
         "API server",
         lambda: ControlPlane.start(FOLDERS.control_plane, host=ADDRESS, port=API_PORT, program=program, stays=True),
     )
-    _timed("CRDs", lambda: plane.install(*our_crds(), raycluster_crd()))
+    _timed("CRDs", lambda: plane.install(raycluster_crd()))
     _timed("controllers", lambda: plane.start_controller_manager(program=program))
     _timed("containerd", start_containerd)
     _timed("node", lambda: start_node(plane, program, coredns))

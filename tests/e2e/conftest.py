@@ -13,7 +13,7 @@ from kubernetes.client import ApiClient
 from kubernetes.config import new_client_from_config
 
 from dsft_api import PLURAL
-from tests.cluster.crds import our_crds
+from tests.cluster.build import HELM
 from tests.cluster.images import Images
 from tests.cluster.kubectl import Kubectl, KubectlError
 from tests.cluster.operator_install import NAMESPACE, Install, tenant_namespace
@@ -61,11 +61,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         return
     capture = session.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():
+        HELM.built()
         world = World(in_use(), images_in_use())
-        if world.cluster.disposable:
-            # It may be up since an older checkout.
-            files = [f"--filename={path}" for path in our_crds()]
-            world.kubectl("apply", "--server-side", "--force-conflicts", *files)
     session.config.stash[_WORLD] = world
 
 
@@ -111,8 +108,10 @@ def operator(world: World, bucket: Bucket) -> Iterator[Install]:
     """The operator as a pod, with the storage of this session as the admin's default; the trainer's image is pulled then."""
     _sweep(world.kubectl)
     _pull(world)
-    yield Install.apply(world.kubectl, world.images, world.cluster.storage, bucket.uri)
+    install = Install.apply(world.kubectl, world.images, world.cluster.storage, bucket.uri)
+    yield install
     if not world.cluster.disposable:
+        install.uninstall()
         world.kubectl("delete", "namespace", NAMESPACE, "--wait=false")
 
 

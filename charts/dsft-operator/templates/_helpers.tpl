@@ -62,3 +62,13 @@ kind: OperatorConfig
 {{- define "dsft.httpPort" -}}
 {{- default 8080 .Values.config.httpPort -}}
 {{- end -}}
+
+{{- define "dsft.leaseName" -}}
+{{- dig "leaderElection" "leaseName" "dsft-operator" .Values.config -}}
+{{- end -}}
+
+{{- /* Not empty if it does. `dig` takes false for absent. */ -}}
+{{- define "dsft.electsLeader" -}}
+{{- $election := default dict .Values.config.leaderElection -}}
+{{- if or (not (hasKey $election "enabled")) $election.enabled }}yes{{ end -}}
+{{- end -}}

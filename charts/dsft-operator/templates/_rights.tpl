@@ -28,6 +28,10 @@
 {{- define "dsft.ownRights" -}}
 # the root key of the Ray tokens
 - {"apiGroups": [""], "resources": ["secrets"], "verbs": ["get"], "resourceNames": [{{ include "dsft.rootKeySecret" . | toJson }}]}
+# which replica acts
+- {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["get", "update"], "resourceNames": [{{ include "dsft.leaseName" . | toJson }}]}
+# make that Lease, once
+- {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["create"]}
 # make that root key, once
 - {"apiGroups": [""], "resources": ["secrets"], "verbs": ["create"]}
 {{- end -}}

@@ -11,17 +11,16 @@ read is refused.
 import base64
 import json
 import re
-import secrets
-from collections.abc import Awaitable
-from typing import Any, TypeVar, cast
+from secrets import token_hex
+from typing import Any, cast
 
-import aiohttp
 from kubernetes.aio import client
 from kubernetes.aio.client.exceptions import ApiException
 
 from dsft_api import API_VERSION, KIND
 from dsft_api.status import FineTuneStatus
 from dsft_operator.adapters import kueue
+from dsft_operator.adapters.answers import SILENCE, done, found, refused, unless_there
 from dsft_operator.adapters.reading import Judge, cluster_of, pod_of, run_of, trouble_of, warnings_of
 from dsft_operator.adapters.recorder import event
 from dsft_operator.config import OperatorConfig
@@ -29,7 +28,7 @@ from dsft_operator.core import naming
 from dsft_operator.core.observed import Cluster, Pod, Queueing, Run, Warned
 from dsft_operator.core.pods import run_labels
 from dsft_operator.core.raycluster import cluster_reference
-from dsft_operator.ports import Conflict, Key, KubeError, KubeRayMissing, Manifest
+from dsft_operator.ports import Key, KubeError, KubeRayMissing, Manifest
 
 GROUP, VERSION, PLURAL = "dsft.dev", "v1alpha1", "deepspeedfinetunes"
 RAY_GROUP, RAY_VERSION, RAY_PLURAL = "ray.io", "v1", "rayclusters"
@@ -40,9 +39,6 @@ MERGE = "application/merge-patch+json"
 TIMEOUT_SECONDS = 20.0
 PAGE = 500
 WARNINGS = 100
-# aiohttp's errors are OSErrors only in part: a connection that the server closes, as at its restart, is none.
-_SILENCE = (TimeoutError, OSError, aiohttp.ClientError)
-T = TypeVar("T")
 
 
 class KubeApi:
@@ -58,7 +54,7 @@ class KubeApi:
         self._root_key: bytes | None = None
 
     async def run(self, key: Key) -> Run | None:
-        raw = await _found(
+        raw = await found(
             self._objects.get_namespaced_custom_object(
                 GROUP, VERSION, key.namespace, PLURAL, key.name, _request_timeout=TIMEOUT_SECONDS
             )
@@ -78,7 +74,7 @@ class KubeApi:
                     if namespace is None
                     else self._objects.list_namespaced_custom_object(GROUP, VERSION, namespace, PLURAL, **options)
                 )
-                raw = cast("dict[str, Any]", await _done(listed))
+                raw = cast("dict[str, Any]", await done(listed))
                 for meta in (item["metadata"] for item in raw["items"]):
                     found[Key(meta["namespace"], meta["name"])] = meta["resourceVersion"]
                 page = raw["metadata"].get("continue") or None
@@ -91,23 +87,23 @@ class KubeApi:
             )
         except ApiException as error:
             if error.status != 404:
-                raise _refused(error) from error
+                raise refused(error) from error
             # Of an object the API server tells the name; of an unknown API only that the page was not found.
             if name not in (error.body or ""):
                 raise KubeRayMissing("no RayCluster API") from error
             return None
-        except _SILENCE as error:
+        except SILENCE as error:
             raise KubeError(f"the API server did not answer: {error!r}") from error
         return cluster_of(cast("dict[str, Any]", raw), run_uid)
 
     async def pods(self, key: Key, cluster: str) -> tuple[Pod, ...]:
         # As plain JSON: the client's typed models cost milliseconds per pod.
-        response = await _done(
+        response = await done(
             self._core.list_namespaced_pod_without_preload_content(
                 key.namespace, label_selector=f"ray.io/cluster={cluster}", _request_timeout=TIMEOUT_SECONDS
             )
         )
-        raw = json.loads(await _done(response.read()))
+        raw = json.loads(await done(response.read()))
         if response.status != 200:
             raise KubeError(f"pods cannot be listed: {raw.get('message')}")
         return tuple(pod_of(item) for item in raw["items"])
@@ -125,16 +121,16 @@ class KubeApi:
                 )
             except ApiException as error:
                 if error.status != 404:
-                    raise _refused(error) from error
+                    raise refused(error) from error
                 continue
-            except _SILENCE as error:
+            except SILENCE as error:
                 raise KubeError(f"the API server did not answer: {error!r}") from error
             workloads = cast("dict[str, Any]", listed)["items"]
             return kueue.queueing_of(workloads[0]) if workloads else None
         return kueue.MISSING
 
     async def warnings(self, key: Key, uid: str) -> tuple[Warned, ...]:
-        response = await _done(
+        response = await done(
             self._core.list_namespaced_event_without_preload_content(
                 key.namespace,
                 field_selector=f"involvedObject.uid={uid},type=Warning",
@@ -142,14 +138,14 @@ class KubeApi:
                 _request_timeout=TIMEOUT_SECONDS,
             )
         )
-        raw = json.loads(await _done(response.read()))
+        raw = json.loads(await done(response.read()))
         if response.status != 200:
             raise KubeError(f"events cannot be listed: {raw.get('message')}")
         return warnings_of(raw["items"])
 
     async def node_trouble(self, name: str) -> str | None:
-        response = await _done(self._core.read_node_without_preload_content(name, _request_timeout=TIMEOUT_SECONDS))
-        raw = json.loads(await _done(response.read()))
+        response = await done(self._core.read_node_without_preload_content(name, _request_timeout=TIMEOUT_SECONDS))
+        raw = json.loads(await done(response.read()))
         if response.status == 404:
             return "it is gone"
         if response.status != 200:
@@ -175,7 +171,7 @@ class KubeApi:
                 )
             case kind:
                 raise ValueError(f"the operator creates no {kind}")
-        await _unless_there(made)
+        await unless_there(made)
 
     async def create_token(self, key: Key, cluster: str, cluster_uid: str) -> None:
         token = await self.token(cluster_uid)
@@ -194,7 +190,7 @@ class KubeApi:
             "immutable": True,
             "stringData": {"auth_token": token},
         }
-        await _unless_there(
+        await unless_there(
             self._core.create_namespaced_secret(
                 key.namespace, cast("Any", secret), field_manager=FIELD_MANAGER, _request_timeout=TIMEOUT_SECONDS
             )
@@ -219,8 +215,8 @@ class KubeApi:
             )
         except ApiException as error:
             if error.status not in (404, 409):  # gone, or another one has its name
-                raise _refused(error) from error
-        except _SILENCE as error:
+                raise refused(error) from error
+        except SILENCE as error:
             raise KubeError(f"the API server did not answer: {error!r}") from error
 
     async def set_finalizer(self, run: Run, *, present: bool) -> str:
@@ -231,7 +227,7 @@ class KubeApi:
                 "finalizers": [*others, naming.FINALIZER] if present else others,
             }
         }
-        raw = await _done(
+        raw = await done(
             self._objects.patch_namespaced_custom_object(
                 GROUP,
                 VERSION,
@@ -259,7 +255,7 @@ class KubeApi:
             "status": status.to_wire(),
         }
         path = f"/apis/{GROUP}/{VERSION}/namespaces/{run.namespace}/{PLURAL}/{run.name}/status"
-        await _done(self._apply(path, body))
+        await done(self._apply(path, body))
 
     async def _apply(self, path: str, body: Manifest) -> None:
         """Apply server-side. By hand, since the client's own method writes the body as ASCII JSON, see `applied`."""
@@ -277,7 +273,7 @@ class KubeApi:
             raise ApiException.from_response(http_resp=response, body=text, data=None)
 
     async def event(self, run: Run, kind: str, reason: str, message: str) -> None:
-        await _done(
+        await done(
             self._core.create_namespaced_event(
                 run.namespace, cast("Any", event(run, kind, reason, message)), _request_timeout=TIMEOUT_SECONDS
             )
@@ -287,20 +283,20 @@ class KubeApi:
         """The root key is made once. Two operators at once: the one that was first is read by both."""
         namespace, name = self._config.namespace, self._config.root_key_secret
         read = self._core.read_namespaced_secret
-        found = await _found(read(name, namespace, _request_timeout=TIMEOUT_SECONDS))
-        if found is None:
+        secret = await found(read(name, namespace, _request_timeout=TIMEOUT_SECONDS))
+        if secret is None:
             made: Manifest = {
                 "apiVersion": "v1",
                 "kind": "Secret",
                 "metadata": {"name": name, "namespace": namespace},
                 "immutable": True,
-                "stringData": {"key": secrets.token_hex(32)},
+                "stringData": {"key": token_hex(32)},
             }
-            await _unless_there(
+            await unless_there(
                 self._core.create_namespaced_secret(namespace, cast("Any", made), _request_timeout=TIMEOUT_SECONDS)
             )
-            found = await _done(read(name, namespace, _request_timeout=TIMEOUT_SECONDS))
-        return base64.b64decode((found.data or {})["key"])
+            secret = await done(read(name, namespace, _request_timeout=TIMEOUT_SECONDS))
+        return base64.b64decode((secret.data or {})["key"])
 
 
 def applied(body: Manifest) -> str:
@@ -317,49 +313,3 @@ _NOT_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 def _escaped(found: re.Match[str]) -> str:
     code = ord(found[0])
     return "\ufffd" if 0xD800 <= code <= 0xDFFF else f"\\u{code:04x}"
-
-
-async def _done(call: Awaitable[T]) -> T:
-    """The answer.
-
-    Raises:
-        Conflict: a precondition did not hold.
-        KubeError: all else that went wrong.
-    """
-    try:
-        return await call
-    except ApiException as error:
-        if error.status == 409:
-            raise Conflict(_words(error)) from error
-        raise _refused(error) from error
-    except _SILENCE as error:
-        raise KubeError(f"the API server did not answer: {error!r}") from error
-
-
-async def _found(call: Awaitable[T]) -> T | None:
-    try:
-        return await call
-    except ApiException as error:
-        if error.status == 404:
-            return None
-        raise _refused(error) from error
-    except _SILENCE as error:
-        raise KubeError(f"the API server did not answer: {error!r}") from error
-
-
-async def _unless_there(call: Awaitable[Any]) -> None:
-    try:
-        await _done(call)
-    except Conflict:
-        return
-
-
-def _refused(error: ApiException) -> KubeError:
-    return KubeError(f"the API server answered {error.status}: {_words(error)}")
-
-
-def _words(error: ApiException) -> str:
-    try:
-        return json.loads(error.body or "")["message"]
-    except (ValueError, KeyError, TypeError):
-        return str(error.reason)

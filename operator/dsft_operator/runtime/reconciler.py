@@ -54,6 +54,10 @@ class Evidence:
         self.by_key.pop(key, None)
 
 
+class NotLeading(Exception):  # noqa: N818  not an error: the time of this replica is over
+    """Another replica may act by now."""
+
+
 class Reconciler:
     """Takes one run one step further."""
 
@@ -64,6 +68,7 @@ class Reconciler:
         clock: Clock,
         config: OperatorConfig,
         decide: Callable[..., do.Decision] = plan,
+        may_act: Callable[[], bool] = lambda: True,
     ) -> None:
         self.evidence = Evidence({})
         self._phases: dict[Key, Phase] = {}
@@ -74,11 +79,22 @@ class Reconciler:
         self._clock = clock
         self._config = config
         self._decide = decide
+        self._may_act = may_act
 
     @property
     def known(self) -> Set[Key]:
         """The runs that something is remembered of: they are forgotten by a pass that finds them gone."""
         return self._phases.keys()
+
+    def note(self, key: Key, ended: tuple[Ended, ...]) -> None:
+        """Containers of a run's pod have ended, as the watch tells. A standby keeps none: it knows no attempts."""
+        if self._may_act():
+            self.evidence.add(key, ended)
+
+    def forget(self) -> None:
+        """Another replica acts from now on."""
+        self.evidence.by_key.clear()
+        self._phases.clear()
 
     async def reconcile(self, key: Key) -> float | None:
         """One pass; seconds until the next one is wanted, None if only an event should bring it.
@@ -93,6 +109,9 @@ class Reconciler:
                 RECONCILES.labels("conflict").inc()
                 log.debug("looking again: %s", conflict)
                 return 0.0
+            except NotLeading:
+                RECONCILES.labels("not_leading").inc()
+                return None
             except KubeError:
                 RECONCILES.labels("error").inc()
                 raise
@@ -121,6 +140,7 @@ class Reconciler:
                 decision = instead
                 break
         if decision.status is not None and decision.status.to_wire() != run.status.to_wire():
+            self._check_leading()
             await self._kube.apply_status(run, decision.status, version)
             await self._tell(run, decision.status)
         return decision.requeue_after
@@ -210,6 +230,7 @@ class Reconciler:
 
     async def _act(self, key: Key, seen: Observed, action: do.Action) -> str | None:
         """Carry an action out; the resource's new version, if it has one."""
+        self._check_leading()
         log.info("action", extra={"action": type(action).__name__})
         match action:
             case do.AddFinalizer():
@@ -225,6 +246,11 @@ class Reconciler:
             case do.SubmitJob() | do.RequestSave() | do.StopJob():
                 await self._ask_ray(seen, action)
         return None
+
+    def _check_leading(self) -> None:
+        """Right before each write: the process may have been frozen since the pass began."""
+        if not self._may_act():
+            raise NotLeading
 
     async def _ask_ray(self, seen: Observed, action: do.SubmitJob | do.RequestSave | do.StopJob) -> None:
         cluster = seen.cluster

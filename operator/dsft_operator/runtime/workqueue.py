@@ -72,6 +72,11 @@ class WorkQueue:
         self._cancel(key)
         try:
             yield key
+        except asyncio.CancelledError:
+            # Whoever works here next has it before it: what was done of it is not known.
+            self._again.add(key)
+            self._release(key)
+            raise
         except Exception:
             self._release(key)
             self._retry(key)

@@ -28,7 +28,7 @@ def test_values_pass_the_schema(path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "where"),
     [
-        ({"replicas": 2}, "replicas"),
+        ({"replicas": 0}, "replicas"),
         ({"image": {"repo": "x"}}, "image"),
         ({"image": {"digest": "latest"}}, "image.digest"),
         ({"config": {"storge": {}}}, "config"),

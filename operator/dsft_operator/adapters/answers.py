@@ -1,0 +1,67 @@
+"""The API server's answers as values and errors of ours."""
+
+# The kubernetes client is typed in part only.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false
+
+import json
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+import aiohttp
+from kubernetes.aio.client.exceptions import ApiException
+
+from dsft_operator.ports import Conflict, KubeError
+
+# aiohttp's errors are OSErrors only in part: a connection that the server closes, as at its restart, is none.
+SILENCE = (TimeoutError, OSError, aiohttp.ClientError)
+T = TypeVar("T")
+
+
+async def done(call: Awaitable[T]) -> T:
+    """The answer.
+
+    Raises:
+        Conflict: a precondition did not hold.
+        KubeError: all else that went wrong.
+    """
+    try:
+        return await call
+    except ApiException as error:
+        if error.status == 409:
+            raise Conflict(_words(error)) from error
+        raise refused(error) from error
+    except SILENCE as error:
+        raise KubeError(f"the API server did not answer: {error!r}") from error
+
+
+async def found(call: Awaitable[T]) -> T | None:
+    """The answer; None if there is no such object. Raises KubeError."""
+    try:
+        return await call
+    except ApiException as error:
+        if error.status == 404:
+            return None
+        raise refused(error) from error
+    except SILENCE as error:
+        raise KubeError(f"the API server did not answer: {error!r}") from error
+
+
+async def unless_there(call: Awaitable[Any]) -> None:
+    """Make something, unless one of that name is there. Raises KubeError."""
+    try:
+        await done(call)
+    except Conflict:
+        return
+
+
+def refused(error: ApiException) -> KubeError:
+    """An answer that is a refusal, in the API server's words."""
+    return KubeError(f"the API server answered {error.status}: {_words(error)}")
+
+
+def _words(error: ApiException) -> str:
+    try:
+        return json.loads(error.body or "")["message"]
+    except (ValueError, KeyError, TypeError):
+        return str(error.reason)
