@@ -83,6 +83,9 @@ class ProgressStatus(ApiModel):
         default=None, description="Training loss of the last step, mean over trained tokens or samples."
     )
     learning_rate: float | None = Field(default=None, description="Learning rate of the last step.")
+    step_seconds: float | None = Field(
+        default=None, description="Seconds of an optimizer step, mean over the last ones."
+    )
     tokens_per_second: float | None = Field(
         default=None, description="Tokens per second over all ranks, padding left out."
     )

@@ -19,7 +19,7 @@ import aiohttp
 from aiohttp import web
 from kubernetes.aio import client
 from kubernetes.aio import config as kube_config
-from prometheus_client import Gauge
+from prometheus_client import REGISTRY, Gauge
 
 from dsft_operator.adapters.kube import KubeApi
 from dsft_operator.adapters.kube_requests import bounded, environment_proxy
@@ -64,6 +64,7 @@ async def run(config: OperatorConfig) -> None:
         elector = _elector(api, config)
         ray = RayJobsHttp(session, config.ray.dashboard_port, config.ray.request_timeout_seconds)
         reconciler = Reconciler(kube, ray, SystemClock(), config, may_act=elector.leads if elector else lambda: True)
+        REGISTRY.register(reconciler.metrics)
         health = Health(config.intervals.resync_seconds)
         watches = Watches(config, queue, kube, health, reconciler)
         await stack.enter_async_context(_Server(application(health.problems, watches.obstacles), config.http_port))

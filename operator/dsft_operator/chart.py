@@ -16,6 +16,7 @@ from pydantic import Field
 from dsft_api import GROUP, PLURAL
 from dsft_api.base import ApiModel, ObjectName
 from dsft_operator.config import OperatorConfig
+from dsft_operator.dashboard import dashboard
 from dsft_operator.install import CLUSTER_RIGHTS, OWN_RIGHTS, RIGHTS, ROOT_KEY_RIGHT, Right
 
 Json = dict[str, Any]
@@ -86,11 +87,42 @@ class ServiceMonitor(Strict):
     labels: dict[str, str] = Field(default_factory=dict, description="What your Prometheus selects monitors by.")
 
 
+class PodMonitor(Strict):
+    """In place of a ServiceMonitor: it needs no Service."""
+
+    enabled: bool = Field(default=False, description="Make one; needs the Prometheus operator.")
+    interval: str = Field(default="30s", description="How often metrics are read.")
+    labels: dict[str, str] = Field(default_factory=dict, description="What your Prometheus selects monitors by.")
+
+
+class PrometheusRule(Strict):
+    """Alerts."""
+
+    enabled: bool = Field(default=False, description="Make the alerts; needs the Prometheus operator.")
+    labels: dict[str, str] = Field(default_factory=dict, description="What your Prometheus selects rules by.")
+    runbook_url: str = Field(
+        default="docs/operations.md", description="Where you publish that page; each alert links its section."
+    )
+
+
+class Dashboard(Strict):
+    """For Grafana."""
+
+    enabled: bool = Field(default=False, description="Make a ConfigMap with the dashboard.")
+    namespace: str = Field(default="", description="Where Grafana's sidecar looks; the release's own if empty.")
+    labels: dict[str, str] = Field(
+        default_factory=lambda: {"grafana_dashboard": "1"}, description="What Grafana's sidecar selects it by."
+    )
+
+
 class Metrics(Strict):
     """Metrics."""
 
     service: MetricsService = Field(default_factory=MetricsService, description="The Service.")
     service_monitor: ServiceMonitor = Field(default_factory=ServiceMonitor, description="The monitor.")
+    pod_monitor: PodMonitor = Field(default_factory=PodMonitor, description="The other monitor.")
+    prometheus_rule: PrometheusRule = Field(default_factory=PrometheusRule, description="Alerts.")
+    dashboard: Dashboard = Field(default_factory=Dashboard, description="For Grafana.")
 
 
 class NetworkPolicy(Strict):
@@ -270,8 +302,10 @@ helm install dsft charts/dsft-operator --namespace dsft-system --create-namespac
 ```
 
 KubeRay must be there, or come later: until then runs wait, and say so. Two replicas run, of which one acts; the other takes
-over within seconds of a clean end, and within 20 s where the first one dies, hangs or is cut off. Alerts and a dashboard are
-not in the chart yet.
+over within seconds of a clean end, and within 20 s where the first one dies, hangs or is cut off.
+
+`metrics.serviceMonitor` (or `podMonitor`), `prometheusRule` and `dashboard` are off by default, since they need the Prometheus
+operator and Grafana's sidecar. Each alert has its section in docs/operations.md.
 
 With `config.watchNamespaces` the operator has Roles in these namespaces, which must exist, and no right of the whole cluster;
 then it does not read what is wrong with a node.
@@ -292,6 +326,7 @@ def generated_files(repository: Path) -> dict[str, str]:
         f"{CHART}/templates/crd.yaml": crd_template(crd),
         f"{CHART}/templates/_rights.tpl": rights_template(),
         f"{CHART}/values.schema.json": json.dumps(values_schema(), indent=1) + "\n",
+        f"{CHART}/files/dashboard.json": json.dumps(dashboard(), indent=1) + "\n",
         f"{CHART}/README.md": README.format(notice=_NOTICE, table=values_table()),
     }
 

@@ -8,10 +8,9 @@ from kubernetes.client import CoreV1Api, V1Namespace, V1ObjectMeta
 
 from tests.apiserver.server import ApiServer
 from tests.charts.conftest import FOLDER, Helm
-from tests.cluster.build import HELM
 
 # Of the Prometheus operator, which is not here.
-FOREIGN = ("ServiceMonitor",)
+FOREIGN = ("ServiceMonitor", "PodMonitor", "PrometheusRule")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +25,7 @@ def namespaces(api_server: ApiServer) -> None:
 @pytest.mark.usefixtures("namespaces")
 @pytest.mark.parametrize("values", sorted((FOLDER / "ci").glob("*.yaml")), ids=lambda path: path.stem)
 def test_all_objects_are_accepted(api_server: ApiServer, tmp_path: Path, values: Path) -> None:
-    made = Helm(HELM.built(), tmp_path).render(values)
+    made = Helm(tmp_path).render(values)
     ours = [document for document in made if document["kind"] not in FOREIGN]
     options = ("--server-side", "--force-conflicts", "--dry-run=server", "--validate=strict")
     told = api_server.plane.kubectl("apply", *options, "--filename=-", stdin=yaml.safe_dump_all(ours))

@@ -9,11 +9,12 @@ import pytest
 import yaml
 
 from dsft_operator.chart import CHART, REPOSITORY
-from tests.cluster.build import HELM
+from tests.cluster.build import HELM, HELM_3, HELM_UNITTEST, PROMTOOL
 from tests.cluster.helm_command import helm as run_helm
 
 HERE = Path(__file__).resolve().parent
 FOLDER = REPOSITORY / CHART
+CI = sorted((FOLDER / "ci").glob("*.yaml"))
 MINIMAL = FOLDER / "ci" / "minimal-values.yaml"
 
 Document = dict[str, Any]
@@ -25,7 +26,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         return
     capture = session.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():
-        HELM.built()
+        for program in (HELM, HELM_3, PROMTOOL, HELM_UNITTEST):
+            program.built()
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What the chart makes of its values, by the real Helm."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,10 @@ import yaml
 
 from dsft_operator.chart import CRD, REPOSITORY
 from dsft_operator.config import OperatorConfig
+from dsft_operator.dashboard import dashboard
 from dsft_operator.install import manifests
-from tests.charts.conftest import FOLDER, MINIMAL, Document, Helm, kinds, one
+from tests.charts.conftest import CI, FOLDER, MINIMAL, Document, Helm, kinds, one
 
-CI = sorted((FOLDER / "ci").glob("*.yaml"))
 FULL = FOLDER / "ci" / "full-values.yaml"
 
 
@@ -40,11 +41,13 @@ def test_all_that_is_made(helm: Helm) -> None:
     made = helm.render(FULL)
     assert kinds(made) == [
         *["ClusterRole"] * 3,
-        "ConfigMap",
+        *["ConfigMap"] * 2,
         "CustomResourceDefinition",
         "Deployment",
         "NetworkPolicy",
         "PodDisruptionBudget",
+        "PodMonitor",
+        "PrometheusRule",
         *["Role"] * 3,
         *["RoleBinding"] * 3,
         "Service",
@@ -103,7 +106,7 @@ def test_the_crd_is_the_one_in_crds(helm: Helm) -> None:
 
 def test_the_operator_reads_the_settings_that_were_given(helm: Helm) -> None:
     made = helm.render(FULL)
-    config = OperatorConfig.model_validate(yaml.safe_load(one(made, "ConfigMap")["data"]["config.yaml"]))
+    config = OperatorConfig.model_validate(yaml.safe_load(one(made, "ConfigMap", "dsft")["data"]["config.yaml"]))
     assert config.watch_namespaces == ("team-a", "team-b")
     assert config.intervals.running_seconds == 5
     assert config.root_key_secret == "ray-root-key"
@@ -223,6 +226,7 @@ def test_the_services_pods_are_the_deployments(helm: Helm) -> None:
     assert one(made, "Deployment")["spec"]["selector"]["matchLabels"].items() <= labels
     assert one(made, "Service")["spec"]["selector"].items() <= labels
     assert one(made, "NetworkPolicy")["spec"]["podSelector"]["matchLabels"].items() <= labels
+    assert one(made, "PodMonitor")["spec"]["selector"]["matchLabels"].items() <= labels
     monitored = one(made, "ServiceMonitor")["spec"]["selector"]["matchLabels"].items()
     assert monitored <= one(made, "Service")["metadata"]["labels"].items()
 
@@ -255,6 +259,39 @@ def test_the_services_pods_are_the_deployments(helm: Helm) -> None:
 )
 def test_wrong_values_are_refused_in_words(helm: Helm, values: dict[str, Any], words: str) -> None:
     assert words in helm.refused(**values)
+
+
+def test_each_alert_links_its_section(helm: Helm) -> None:
+    made = one(helm.render(FULL), "PrometheusRule")
+    assert made["metadata"]["labels"]["release"] == "prometheus"
+    page = (REPOSITORY / "docs" / "operations.md").read_text()
+    for alert in [rule for group in made["spec"]["groups"] for rule in group["rules"]]:
+        link = alert["annotations"]["runbook_url"]
+        assert link == f"https://wiki.example.com/dsft/operations#{alert['alert'].lower()}"
+        assert f"\n### {alert['alert']}\n" in page
+
+
+def test_alerts_are_rendered_as_they_are_tested(helm: Helm) -> None:
+    """Templates of Prometheus are not taken for Helm's."""
+    written = yaml.safe_load((FOLDER / "files" / "alerts.yaml").read_text())["groups"]
+    made = one(helm.render(FULL), "PrometheusRule")["spec"]["groups"]
+    for alert in [rule for group in made for rule in group["rules"]]:
+        del alert["annotations"]["runbook_url"]
+    assert made == written
+
+
+def test_the_run_that_a_metric_names_is_not_the_operators_pod(helm: Helm) -> None:
+    """Without honorLabels Prometheus renames the label `namespace`, and no alert would find its run."""
+    made = helm.render(FULL)
+    assert [each["honorLabels"] for each in one(made, "ServiceMonitor")["spec"]["endpoints"]] == [True]
+    assert [each["honorLabels"] for each in one(made, "PodMonitor")["spec"]["podMetricsEndpoints"]] == [True]
+
+
+def test_the_dashboard_is_where_grafana_looks(helm: Helm) -> None:
+    made = one(helm.render(FULL), "ConfigMap", "dsft-dashboard")
+    assert made["metadata"]["namespace"] == "team-a"
+    assert made["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert json.loads(made["data"]["dsft.json"]) == dashboard()
 
 
 def test_an_account_of_ones_own(helm: Helm) -> None:

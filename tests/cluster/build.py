@@ -30,7 +30,7 @@ BUILD_SECONDS = 3600.0
 
 @dataclass(frozen=True)
 class GoProgram:
-    """A main package in a folder of ours, with a go.sum of its own.
+    """A main package in a folder of ours, with a go.sum of its own; or the module's own `package`.
 
     `module` names the module and version that it is a thin wrapper of; its go.mod is made from that module's own.
     """
@@ -42,6 +42,8 @@ class GoProgram:
     minutes: int
     tags: tuple[str, ...] = ()
     variables: Mapping[str, str] = field(default_factory=dict[str, str])
+    package: str = "."
+    replaces: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def path(self) -> Path:
         """Where the program is, once it is built."""
@@ -84,7 +86,9 @@ class GoProgram:
         for source in self._sources():
             if go_sum or source.name != "go.sum":
                 shutil.copy(source, folder)
-        (folder / "go.mod").write_text(_go_mod(self.name, f"{self.module}@v{self.version}", folder))
+        replaces = [f"replace {old} => {new}\n" for old, new in self.replaces.items()]
+        own = _go_mod(self.name, f"{self.module}@v{self.version}", folder)
+        (folder / "go.mod").write_text("".join([own, *replaces]))
         return folder
 
     def _go_build(self, folder: Path) -> None:
@@ -101,7 +105,7 @@ class GoProgram:
             " ".join(["-s", "-w", *variables]),
             "-o",
             self.name,
-            ".",
+            self.package,
         )
 
     def _sources(self) -> list[Path]:
@@ -109,7 +113,9 @@ class GoProgram:
 
     def _digest(self) -> str:
         files = {source.name: source.read_text(encoding="utf-8") for source in self._sources()}
-        decides = [files, self.version, self.module, self.tags, dict(self.variables)]
+        decides: list[object] = [files, self.version, self.module, self.tags, dict(self.variables)]
+        if self.package != ".":
+            decides += [self.package, dict(self.replaces)]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -147,6 +153,32 @@ COREDNS = GoProgram(
     minutes=1,
 )
 
+# What many still have.
+HELM_3 = GoProgram(
+    name="helm3",
+    version="3.22.0",
+    sources=HERE / "helm3",
+    module="helm.sh/helm/v3",
+    package="helm.sh/helm/v3/cmd/helm",
+    minutes=2,
+)
+PROMTOOL = GoProgram(
+    name="promtool",
+    version="0.309.1",
+    sources=HERE / "promtool",
+    module="github.com/prometheus/prometheus",
+    package="github.com/prometheus/prometheus/cmd/promtool",
+    minutes=4,
+)
+HELM_UNITTEST = GoProgram(
+    name="helm-unittest",
+    version="1.0.3",
+    sources=HERE / "helm_unittest",
+    module="github.com/helm-unittest/helm-unittest",
+    package="github.com/helm-unittest/helm-unittest/cmd/helm-unittest",
+    minutes=1,
+    replaces={"github.com/vmware-labs/yaml-jsonpath": "github.com/helm-unittest/yaml-jsonpath v0.4.0"},
+)
 HELM = GoProgram(
     name="helm",
     version="4.3.1",
@@ -270,7 +302,7 @@ def main() -> None:
     parser.add_argument("--lock", action="store_true", help="write the go.sum files anew instead")
     options = parser.parse_args()
     if options.lock:
-        for program in (CLUSTER, COREDNS, HELM):
+        for program in (CLUSTER, COREDNS, HELM, HELM_3, PROMTOOL, HELM_UNITTEST):
             program.lock()
     else:
         print(kubernetes(node=options.node))

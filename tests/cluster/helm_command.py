@@ -3,16 +3,16 @@
 import subprocess
 from pathlib import Path
 
-from tests.cluster.build import HELM
+from tests.cluster.build import HELM, GoProgram
 
 
 def helm(
-    folder: Path, *arguments: str, stdin: str | None = None, seconds: float = 120.0
+    folder: Path, *arguments: str, stdin: str | None = None, seconds: float = 120.0, program: GoProgram = HELM
 ) -> "subprocess.CompletedProcess[str]":
     """Run it, whatever the exit code. `folder`: for its caches."""
     homes = {f"HELM_{kind.upper()}_HOME": f"{folder}/{kind}" for kind in ("cache", "config", "data")}
     return subprocess.run(
-        [str(HELM.built()), *arguments],
+        [str(program.built()), *arguments],
         env=homes,
         input=stdin,
         capture_output=True,

@@ -74,6 +74,18 @@ def build_and_push() -> Images:
     return Images(**{name: f"{REGISTRY}/dsft-{name}@{digest}" for name, digest in digests.items()})
 
 
+def another_operator_image() -> str:
+    """The operator's image with another digest: what a next release would be."""
+    with only_one():
+        container = _buildah("from", "--pull=false", "localhost/dsft-operator:test").strip()
+        try:
+            _buildah("config", "--label", "dsft.test/next=true", container)
+            _buildah("commit", "--quiet", container, "localhost/dsft-operator:next")
+        finally:
+            _buildah("rm", container)
+        return f"{REGISTRY}/dsft-operator@{_push('operator', 'localhost/dsft-operator:next', to='next')}"
+
+
 def _build(name: str, base: str) -> str:
     """The image's name in buildah's store."""
     tag = f"localhost/dsft-{name}:test"
@@ -93,13 +105,13 @@ def _build(name: str, base: str) -> str:
     return tag
 
 
-def _push(name: str, tag: str) -> str:
+def _push(name: str, tag: str, to: str = "test") -> str:
     """The digest in the registry."""
     started = time.monotonic()
     with tempfile.NamedTemporaryFile("r") as digest:
         # zstd packs and unpacks several times faster than gzip.
         options = ("--tls-verify=false", "--format=oci", "--compression-format=zstd", f"--digestfile={digest.name}")
-        _buildah("push", *options, tag, f"docker://{REGISTRY_ADDRESS}/dsft-{name}:test")
+        _buildah("push", *options, tag, f"docker://{REGISTRY_ADDRESS}/dsft-{name}:{to}")
         _say(f"pushed the {name} image in {time.monotonic() - started:.0f} s")
         return digest.read().strip()
 

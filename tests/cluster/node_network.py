@@ -7,9 +7,11 @@ route but to pods, Services and the node.
 import json
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from tests.cluster.node_layout import ADDRESS, BRIDGE, FIRST_POD, FOLDERS, LAST_POD, NETWORK, PODS
+from tests.cluster.node_layout import ADDRESS, API_PORT, BRIDGE, FIRST_POD, FOLDERS, LAST_POD, NETWORK, PODS
 
 CNI_PLUGINS = Path("/usr/lib/cni")
 _SECONDS = 60
@@ -41,6 +43,17 @@ def remove_network() -> None:
 def remove_bridge() -> None:
     if Path(f"/sys/class/net/{BRIDGE}").exists():
         _run("ip", "link", "delete", BRIDGE)
+
+
+@contextmanager
+def cut_off(pod_address: str) -> Iterator[None]:
+    """Drop what a pod sends to the API server, without a word to it, as in a network that is split."""
+    rule = ("INPUT", "--source", pod_address, "--protocol", "tcp", "--dport", str(API_PORT), "--jump", "DROP")
+    _run("iptables", "--insert", *rule)
+    try:
+        yield
+    finally:
+        _run("iptables", "--delete", *rule)
 
 
 def _cni_config() -> dict[str, object]:

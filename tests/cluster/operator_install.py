@@ -28,13 +28,20 @@ class Install:
     """The operator of one cluster: a release of the chart."""
 
     kubectl: Kubectl
+    image: str
+    config: Document
 
     @classmethod
     def apply(cls, kubectl: Kubectl, images: Images, storage: Storage, storage_uri: str) -> "Install":
         """Install it, or bring the one that is there to this image and these settings; returns when it is ready."""
-        install = cls(kubectl.within(NAMESPACE))
-        install.upgrade(CHART, values(images.operator, operator_config(images.trainer, storage, storage_uri)))
+        config = operator_config(images.trainer, storage, storage_uri)
+        install = cls(kubectl.within(NAMESPACE), images.operator, config)
+        install.restore()
         return install
+
+    def restore(self) -> None:
+        """As it was, whatever was done to it."""
+        self.upgrade(CHART, self.values(self.image))
 
     def upgrade(self, chart: Path, values: Document) -> None:
         """`helm upgrade --install --wait`."""
@@ -59,6 +66,21 @@ class Install:
         """The pod that acts; empty if none does."""
         return self.kubectl.read("lease", LEASE)["spec"].get("holderIdentity") or ""
 
+    def address(self, pod: str) -> str:
+        """A pod's IP."""
+        return self.kubectl.read("pod", pod)["status"]["podIP"]
+
+    def values(self, image: str) -> Document:
+        """Values of the chart for an operator image by its digest, or by a tag."""
+        name, at, digest = image.partition("@")
+        name, _, tag = (name, "", "") if at else name.rpartition(":")
+        return {
+            "image": {"repository": name, "digest": digest, "tag": tag},
+            "config": self.config,
+            # There is one node only: `kubectl drain` would wait for ever for the second replica.
+            "podDisruptionBudget": {"enabled": False},
+        }
+
     def log(self, lines: int = 100) -> str:
         """The ends of its pods' logs."""
         return self.kubectl("logs", f"--selector=app.kubernetes.io/name={NAME}", "--prefix", f"--tail={lines}")
@@ -69,18 +91,6 @@ class Install:
         done = helm(folder, *arguments, *place, stdin=stdin, seconds=ROLLOUT_SECONDS + 30)
         if done.returncode:
             raise AssertionError(f"helm {arguments[0]}: {done.stderr.strip()}")
-
-
-def values(image: str, config: Document) -> Document:
-    """Values of the chart for an operator image by its digest, or by a tag."""
-    name, at, digest = image.partition("@")
-    name, _, tag = (name, "", "") if at else name.rpartition(":")
-    return {
-        "image": {"repository": name, "digest": digest, "tag": tag},
-        "config": config,
-        # There is one node only: `kubectl drain` would wait for ever for the second replica.
-        "podDisruptionBudget": {"enabled": False},
-    }
 
 
 def operator_config(trainer_image: str, storage: Storage, storage_uri: str) -> Document:

@@ -11,8 +11,8 @@ from tests.cluster.operator_install import Install
 TAKEOVER_SECONDS = 120.0
 
 
-def kill(operator: Install, *, on_this_machine: bool) -> None:
-    """End the leader's process without a word, and wait until another one leads and two are ready.
+def kill(operator: Install, *, on_this_machine: bool) -> float:
+    """End the leader's process without a word, and wait until another one leads and two are ready; seconds until it led.
 
     A container can't be killed from inside, so on another machine's cluster the pod is deleted without grace: the
     kubelet then sends SIGTERM two seconds before SIGKILL.
@@ -22,13 +22,14 @@ def kill(operator: Install, *, on_this_machine: bool) -> None:
         signal_leader(operator, "SIGKILL")
     # Not for the kubelet to start again: it would wait longer each time.
     operator.kubectl("delete", "pod", leader, "--force", "--grace-period=0")
-    until_another_leads(operator, leader)
+    took = until_another_leads(operator, leader)
     operator.wait_ready()
+    return took
 
 
-def signal_leader(operator: Install, name: str) -> str:
-    """Send a signal to the leader's process, on this machine's cluster; its pod."""
-    leader = operator.leader()
+def signal_leader(operator: Install, name: str, leader: str | None = None) -> str:
+    """Send a signal to the process of the leader, or of who was it, on this machine's cluster; its pod."""
+    leader = leader or operator.leader()
     (pod,) = [pod for pod in operator.pods() if pod["metadata"]["name"] == leader]
     for container in _containers(pod):
         ctr("tasks", "kill", "--signal", name, container)

@@ -34,7 +34,7 @@ STAGES: dict[str, Callable[[Tenant], object]] = {
 }
 # Of the status: what clocks, chance and names decide, in two runs that are otherwise the same.
 _TIMES = re.compile(r"(Time|At|Seconds)$")
-_OTHERS = {"uid", "session", "eta", "time", "tokensPerSecond", "digest", "submissionId", "nodes"}
+_OTHERS = {"uid", "session", "eta", "time", "tokensPerSecond", "digest", "submissionId", "nodes", "goodput"}
 # On the head, with the token of its environment: nothing outside the cluster needs to reach its port.
 _LIST_JOBS = """
 import os, urllib.request as http

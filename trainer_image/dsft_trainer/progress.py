@@ -211,6 +211,7 @@ def progress_status(
         percent=round(100 * step / total_steps, 1),
         loss=loss,
         learning_rate=learning_rate,
+        step_seconds=round(seconds, 4) if seconds is not None else None,
         tokens_per_second=round(tokens, 1) if tokens is not None else None,
         eta=now + timedelta(seconds=seconds * (total_steps - step)) if seconds is not None else None,
         updated_at=now,

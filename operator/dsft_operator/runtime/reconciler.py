@@ -8,7 +8,7 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter, Histogram
 
 from dsft_api.conditions import WAITS, ConditionType, Phase, Reason
 from dsft_api.status import FineTuneStatus
@@ -22,7 +22,9 @@ from dsft_operator.core.refusals import refusal
 from dsft_operator.core.saving import open_request
 from dsft_operator.core.summary import condition_of
 from dsft_operator.ports import Clock, Conflict, Key, Kube, KubeError, KubeRayMissing, RayError, RayJobs
+from dsft_operator.runtime import run_metrics
 from dsft_operator.runtime.logs import also
+from dsft_operator.runtime.run_metrics import RunMetrics
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +36,6 @@ MAX_STUCK = 1
 REFUSALS = ("InvalidRayClusterSpec", "InvalidRayClusterMetadata", "InvalidRayClusterStatus")
 RECONCILES = Counter("dsft_reconcile_total", "Passes over a run, by how they ended.", ["result"])
 SECONDS = Histogram("dsft_reconcile_duration_seconds", "Duration of a pass over a run.")
-RUNS = Gauge("dsft_runs", "Runs by phase, as the operator last saw them.", ["phase"])
 
 
 @dataclass
@@ -71,9 +72,7 @@ class Reconciler:
         may_act: Callable[[], bool] = lambda: True,
     ) -> None:
         self.evidence = Evidence({})
-        self._phases: dict[Key, Phase] = {}
-        for phase in Phase:
-            RUNS.labels(phase).set_function(lambda phase=phase: sum(p is phase for p in self._phases.values()))
+        self.metrics = RunMetrics()
         self._kube = kube
         self._ray = ray
         self._clock = clock
@@ -84,7 +83,7 @@ class Reconciler:
     @property
     def known(self) -> Set[Key]:
         """The runs that something is remembered of: they are forgotten by a pass that finds them gone."""
-        return self._phases.keys()
+        return self.metrics.known
 
     def note(self, key: Key, ended: tuple[Ended, ...]) -> None:
         """Containers of a run's pod have ended, as the watch tells. A standby keeps none: it knows no attempts."""
@@ -94,7 +93,7 @@ class Reconciler:
     def forget(self) -> None:
         """Another replica acts from now on."""
         self.evidence.by_key.clear()
-        self._phases.clear()
+        self.metrics.clear()
 
     async def reconcile(self, key: Key) -> float | None:
         """One pass; seconds until the next one is wanted, None if only an event should bring it.
@@ -122,12 +121,12 @@ class Reconciler:
         run = await self._kube.run(key)
         if run is None:
             self.evidence.forget(key)
-            self._phases.pop(key, None)
+            self.metrics.forget(key)
             return None
         also(uid=run.uid, attempt=run.status.attempt)
         seen = await self._observe(key, run)
         decision = self._decide(seen, self._clock.now(), self._config)
-        self._phases[key] = (decision.status or run.status).phase or Phase.PENDING
+        self.metrics.saw(key, decision.status or run.status)
         version = run.resource_version
         for action in decision.actions:
             try:
@@ -142,6 +141,7 @@ class Reconciler:
         if decision.status is not None and decision.status.to_wire() != run.status.to_wire():
             self._check_leading()
             await self._kube.apply_status(run, decision.status, version)
+            run_metrics.count(run.status, decision.status)
             await self._tell(run, decision.status)
         return decision.requeue_after
 
