@@ -35,5 +35,12 @@ RUN python3 -m venv /opt/installer \
  && rm -rf /opt/installer
 COPY --from=code /code /opt/venv/lib/python3.11/site-packages
 RUN python -m compileall -q /opt/venv/lib/python3.11/site-packages/dsft_api /opt/venv/lib/python3.11/site-packages/dsft_operator
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="dsft-operator" \
+      org.opencontainers.image.description="The operator of dsft" \
+      org.opencontainers.image.version="$VERSION" \
+      org.opencontainers.image.revision="$REVISION" \
+      org.opencontainers.image.licenses="Apache-2.0"
 USER 65532:65532
 ENTRYPOINT ["python", "-m", "dsft_operator"]

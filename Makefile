@@ -85,8 +85,10 @@ lock: $(UV) ## Resolve pyproject.toml anew into requirements/
 	  -o requirements/demo.txt requirements/demo.in
 	$(UV) pip compile --quiet --generate-hashes --no-header --no-emit-index-url --python-version 3.11 --no-deps \
 	  -o requirements/bench.txt requirements/bench.in
-	$(UV) pip compile --quiet --generate-hashes --no-header --no-emit-index-url --python-version 3.11 \
-	  -o requirements/build.txt requirements/build.in
+	for tools in build docs sbom; do \
+	  $(UV) pip compile --quiet --generate-hashes --no-header --no-emit-index-url --python-version 3.11 \
+	    -o requirements/$$tools.txt requirements/$$tools.in; \
+	done
 	for image in operator trainer; do \
 	  $(UV) pip compile --quiet --generate-hashes --no-header --no-emit-index-url --python-version 3.11 \
 	    --extra $$image --constraints requirements/dev.txt -o requirements/$$image.txt pyproject.toml; \
@@ -146,6 +148,23 @@ $(VENV)/bench/.installed: requirements/bench.txt
 .PHONY: bench-operator
 bench-operator: venv ## The operator on a real API server: delays, requests, CPU and memory per resource, a restart; wants an idle machine
 	$(BIN)/python -m tests.bench.operator_scale
+
+.PHONY: docs
+docs: $(VENV)/docs/.installed ## The documents as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --strict --quiet
+
+.PHONY: sbom
+sbom: $(VENV)/sbom/.installed ## Bills of materials (CycloneDX) of what is installed in both images, in build/
+	mkdir -p build
+	for image in operator trainer; do \
+	  PYTHONWARNINGS=ignore $(VENV)/sbom/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible \
+	    --output-file build/dsft-$$image.cdx.json requirements/$$image.txt; \
+	done
+
+$(VENV)/%/.installed: requirements/%.txt $(UV)
+	$(UV) venv --quiet --allow-existing --python $(PYTHON) $(VENV)/$*
+	$(UV) pip sync --quiet --require-hashes --python $(VENV)/$*/bin/python requirements/$*.txt
+	touch $@
 
 .PHONY: clean
 clean: ## Remove the environment and what was built; runs/ stays

@@ -86,6 +86,33 @@ def another_operator_image() -> str:
         return f"{REGISTRY}/dsft-operator@{_push('operator', 'localhost/dsft-operator:next', to='next')}"
 
 
+@dataclass(frozen=True)
+class Unpacked:
+    """An image as containers see it. Sizes in bytes."""
+
+    size: int
+    base_size: int
+    labels: Mapping[str, str]
+
+
+def unpacked(name: str) -> Unpacked:
+    """The operator's or trainer's image of this checkout, as it was built last."""
+    tag = f"localhost/dsft-{name}:test"
+    labels = json.loads(_buildah("inspect", "--type=image", tag))["OCIv1"]["config"].get("Labels") or {}
+    with only_one():
+        return Unpacked(_size(tag), _size(_base_image()), labels)
+
+
+def _size(tag: str) -> int:
+    container = _buildah("from", "--pull=false", tag).strip()
+    try:
+        root = _buildah("mount", container).strip()
+        return int(_run("du", "--summarize", "--bytes", root).split()[0])
+    finally:
+        _buildah("umount", container)
+        _buildah("rm", container)
+
+
 def _build(name: str, base: str) -> str:
     """The image's name in buildah's store."""
     tag = f"localhost/dsft-{name}:test"
