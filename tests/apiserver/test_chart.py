@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from kubernetes.client import CoreV1Api, V1Namespace, V1ObjectMeta
+from kubernetes.client import CoreV1Api, V1Namespace, V1ObjectMeta, V1ServiceAccount
 
 from tests.apiserver.server import ApiServer
 from tests.charts.conftest import FOLDER, Helm
@@ -20,6 +20,12 @@ def namespaces(api_server: ApiServer) -> None:
     there = {namespace.metadata.name for namespace in core.list_namespace().items}
     for name in {"dsft-system", "team-a", "team-b"} - there:
         core.create_namespace(V1Namespace(metadata=V1ObjectMeta(name=name)))
+    accounts = {
+        (each.metadata.namespace, each.metadata.name) for each in core.list_service_account_for_all_namespaces().items
+    }
+    if ("dsft-system", "default") not in accounts:
+        # Made by the controller manager, where one runs.
+        core.create_namespaced_service_account("dsft-system", V1ServiceAccount(metadata=V1ObjectMeta(name="default")))
 
 
 @pytest.mark.usefixtures("namespaces")

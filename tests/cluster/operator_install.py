@@ -53,6 +53,15 @@ class Install:
         """`helm uninstall --wait`: the CRD stays, and what the operator itself made."""
         self._helm("uninstall", NAME, "--wait", f"--timeout={ROLLOUT_SECONDS}s")
 
+    def test(self) -> str:
+        """`helm test --logs`; what its pod said."""
+        return self._helm("test", NAME, "--logs", f"--timeout={ROLLOUT_SECONDS}s")
+
+    def metrics(self) -> str:
+        """What the leader tells Prometheus."""
+        port = OperatorConfig().http_port
+        return self.kubectl("get", "--raw", f"/api/v1/namespaces/{NAMESPACE}/pods/{self.leader()}:{port}/proxy/metrics")
+
     def wait_ready(self) -> None:
         """Until the newest pods are ready and the only ones."""
         seconds = f"--timeout={ROLLOUT_SECONDS}s"
@@ -85,12 +94,13 @@ class Install:
         """The ends of its pods' logs."""
         return self.kubectl("logs", f"--selector=app.kubernetes.io/name={NAME}", "--prefix", f"--tail={lines}")
 
-    def _helm(self, *arguments: str, stdin: str | None = None) -> None:
+    def _helm(self, *arguments: str, stdin: str | None = None) -> str:
         place = (f"--kubeconfig={self.kubectl.kubeconfig}", f"--namespace={NAMESPACE}")
         folder = self.kubectl.kubeconfig.with_name("helm")
         done = helm(folder, *arguments, *place, stdin=stdin, seconds=ROLLOUT_SECONDS + 30)
         if done.returncode:
-            raise AssertionError(f"helm {arguments[0]}: {done.stderr.strip()}")
+            raise AssertionError(f"helm {arguments[0]}: {done.stdout}{done.stderr.strip()}")
+        return done.stdout
 
 
 def operator_config(trainer_image: str, storage: Storage, storage_uri: str) -> Document:

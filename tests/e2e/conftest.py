@@ -13,7 +13,7 @@ from kubernetes.client import ApiClient
 from kubernetes.config import new_client_from_config
 
 from dsft_api import PLURAL
-from tests.cluster.build import HELM
+from tests.cluster.build import HELM, PROMTOOL
 from tests.cluster.images import Images
 from tests.cluster.kubectl import Kubectl, KubectlError
 from tests.cluster.operator_install import NAMESPACE, Install, tenant_namespace
@@ -62,6 +62,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     capture = session.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():
         HELM.built()
+        PROMTOOL.built()
         world = World(in_use(), images_in_use())
     session.config.stash[_WORLD] = world
 
