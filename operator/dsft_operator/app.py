@@ -25,12 +25,12 @@ from dsft_operator.adapters.kube import KubeApi
 from dsft_operator.adapters.kube_requests import bounded, environment_proxy
 from dsft_operator.adapters.leases import KubeLeases
 from dsft_operator.adapters.ray_jobs import RayJobsHttp
-from dsft_operator.config import OperatorConfig
+from dsft_operator.config import ClientLimits, OperatorConfig
 from dsft_operator.ports import Key, KubeError, KubeRayMissing
 from dsft_operator.runtime.health import Health
 from dsft_operator.runtime.http import application
 from dsft_operator.runtime.kopf_bridge import EventSource
-from dsft_operator.runtime.leader import Elector
+from dsft_operator.runtime.leader import LEADER, Elector
 from dsft_operator.runtime.reconciler import Reconciler
 from dsft_operator.runtime.workers import resync, work
 from dsft_operator.runtime.workqueue import WorkQueue
@@ -60,10 +60,16 @@ async def run(config: OperatorConfig) -> None:
         session = await stack.enter_async_context(aiohttp.ClientSession())
         kube = KubeApi(api, config)
         queue = WorkQueue()
-        DEPTH.set_function(lambda: len(queue))
-        elector = _elector(api, config)
+        # Of its own: renewals must not stand in line behind the workers' requests.
+        unbounded = config.model_copy(update={"client": ClientLimits(qps=0)})
+        leases_api = await stack.enter_async_context(client.ApiClient(await kube_configuration(unbounded)))
+        elector = _elector(leases_api, config)
+        may_act = elector.leads if elector else lambda: True
+        LEADER.set_function(may_act)
         ray = RayJobsHttp(session, config.ray.dashboard_port, config.ray.request_timeout_seconds)
-        reconciler = Reconciler(kube, ray, SystemClock(), config, may_act=elector.leads if elector else lambda: True)
+        # What a standby keeps ready is nobody's work yet.
+        DEPTH.set_function(lambda: len(queue) if may_act() else 0)
+        reconciler = Reconciler(kube, ray, SystemClock(), config, may_act=may_act)
         REGISTRY.register(reconciler.metrics)
         health = Health(config.intervals.resync_seconds)
         watches = Watches(config, queue, kube, health, reconciler)
@@ -100,18 +106,22 @@ def _elector(api: client.ApiClient, config: OperatorConfig) -> Elector | None:
 async def act(elector: Elector | None, queue: WorkQueue, reconciler: Reconciler, workers: int) -> None:
     """Work on the queue while this replica leads, until cancelled. The watches fill it meanwhile: a standby is warm."""
     while True:
-        if elector is not None:
-            await elector.acquire()
-        log.info("started", extra={"workers": workers})
-        tasks = [asyncio.create_task(work(queue, reconciler), name=f"worker-{n}") for n in range(workers)]
-        if elector is not None:
-            tasks.append(asyncio.create_task(elector.keep(), name="leader"))
+        tasks: list[asyncio.Task[None]] = []
         try:
+            if elector is not None:
+                await elector.acquire()
+                tasks.append(asyncio.create_task(elector.keep(), name="leader"))
+            log.info("started", extra={"workers": workers})
+            queue.begin()
+            tasks += [asyncio.create_task(work(queue, reconciler), name=f"worker-{n}") for n in range(workers)]
             over, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            # A pass that found its time over has left its run; and who leads again sees all of them anew.
+            for key in tuple(reconciler.known):
+                queue.add(key)
             reconciler.forget()
             if elector is not None:
                 await elector.release()
@@ -148,7 +158,8 @@ class Watches:
             task = asyncio.create_task(self._source.run())
             try:
                 while await self._has_kuberay() == installed:
-                    await asyncio.wait([task], timeout=KUBERAY_PROBE_SECONDS)
+                    if (await asyncio.wait([task], timeout=KUBERAY_PROBE_SECONDS))[0]:
+                        raise RuntimeError("the watches ended") from task.exception()
             finally:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)

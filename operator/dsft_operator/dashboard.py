@@ -27,7 +27,7 @@ RUNS = (
     Panel("Runs that wait, by reason", "sum by (reason) (dsft_run_waiting) or vector(0)", "{{reason}}"),
     Panel(
         "Attempts that failed, by class",
-        "sum by (class) (increase(dsft_attempts_failed_total[$__rate_interval])) or vector(0)",
+        "sum by (class) (increase(dsft_attempts_failed_total[$__rate_interval]))",
         "{{class}}",
     ),
     Panel("Steps", f"100 * dsft_run_step{_CHOSEN} / dsft_run_total_steps{_CHOSEN}", _RUN, "percent"),

@@ -65,7 +65,14 @@ def test_the_rights_are_those_of_the_table(helm: Helm) -> None:
     wanted, found = one(plain, "ClusterRole")["rules"], one(made, "ClusterRole", "dsft-dsft-operator")["rules"]
     assert sorted(map(repr, found)) == sorted(map(repr, wanted))
     own, plain_own = one(made, "Role")["rules"], one(plain, "Role")["rules"]
-    assert own[: len(plain_own)] == plain_own
+    # A Lease of the release's own.
+    named = [
+        {**rule, "resourceNames": ["dsft-operator"]}
+        if rule["resources"] == ["leases"] and "create" not in rule["verbs"]
+        else rule
+        for rule in own
+    ]
+    assert named[: len(plain_own)] == plain_own
     assert len(own) == len(plain_own) + 1, "it may make the root key, which the plain one may in all namespaces"
 
 
@@ -154,9 +161,12 @@ def test_without_leader_election_there_is_never_a_second_one(helm: Helm) -> None
 
 
 def test_the_right_to_the_lease_is_to_the_one_that_is_used(helm: Helm) -> None:
-    made = helm.render(config={"leaderElection": {"leaseName": "mine"}})
-    rules = [rule for rule in one(made, "Role")["rules"] if rule["resources"] == ["leases"]]
-    assert rules[0]["resourceNames"] == ["mine"]
+    for settings, name in (({}, "dsft-dsft-operator"), ({"leaderElection": {"leaseName": "mine"}}, "mine")):
+        made = helm.render(config=settings)
+        rules = [rule for rule in one(made, "Role")["rules"] if rule["resources"] == ["leases"]]
+        assert rules[0]["resourceNames"] == [name]
+        config = OperatorConfig.model_validate(yaml.safe_load(one(made, "ConfigMap")["data"]["config.yaml"]))
+        assert config.leader_election.lease_name == name
 
 
 def container(made: list[Document]) -> Document:

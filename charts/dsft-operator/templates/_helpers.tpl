@@ -50,9 +50,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- define "dsft.config" -}}
 apiVersion: config.dsft.dev/v1alpha1
 kind: OperatorConfig
-{{- with .Values.config }}
-{{ toYaml . }}
-{{- end }}
+{{- /* A Lease of the release's own: two releases in one namespace are no replicas of each other. */ -}}
+{{- $lease := dict "leaderElection" (dict "leaseName" (include "dsft.leaseName" .)) }}
+{{ merge (deepCopy .Values.config) $lease | toYaml }}
 {{- end -}}
 
 {{- define "dsft.rootKeySecret" -}}
@@ -64,7 +64,7 @@ kind: OperatorConfig
 {{- end -}}
 
 {{- define "dsft.leaseName" -}}
-{{- dig "leaderElection" "leaseName" "dsft-operator" .Values.config -}}
+{{- dig "leaderElection" "leaseName" (include "dsft.fullname" .) .Values.config -}}
 {{- end -}}
 
 {{- /* Not empty if it does. `dig` takes false for absent. */ -}}

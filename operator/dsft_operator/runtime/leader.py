@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 LEADER = Gauge("dsft_leader", "1 if this replica is the one that acts.")
 RELEASE_SECONDS = 3.0
+CONFLICTS = 3
 
 
 class Elector:
@@ -46,7 +47,6 @@ class Elector:
         self._unchanged_since = -math.inf
         self._read_next = True
         self._leads_until = -math.inf
-        LEADER.set_function(self.leads)
 
     def leads(self) -> bool:
         """Whether this replica may act now."""
@@ -63,19 +63,24 @@ class Elector:
 
     async def keep(self) -> None:
         """Renew the Lease for as long as that goes; returns when this replica does not lead any more."""
+        await asyncio.sleep(self._settings.retry_seconds)
+        # A time that is over is not made longer: another replica may have led since, and what began before must end first.
         while self.leads():
-            await asyncio.sleep(self._settings.retry_seconds)
             await self.attempt()
+            await asyncio.sleep(self._settings.retry_seconds)
         log.warning("this replica does not lead any more", extra={"identity": self._identity})
 
     async def release(self) -> None:
         """Give the Lease back, so that a standby need not wait for its end. To be called when nothing acts any more."""
-        if not self.leads() or self._lease is None:
+        self._leads_until = -math.inf
+        if self._lease is None:
             return
-        self._leads_until, given_back = -math.inf, replace(self._lease, holder="", seconds=1)
         try:
             async with asyncio.timeout(RELEASE_SECONDS):
-                await self._leases.write(given_back)
+                # Anew: a renewal may have been under way when it was cancelled.
+                lease = await self._leases.read()
+                if lease is not None and lease.holder == self._identity:
+                    await self._leases.write(replace(lease, holder="", seconds=1))
         except (TimeoutError, Conflict, KubeError) as error:
             log.info("the Lease was not given back: %s", error)
 
@@ -84,23 +89,40 @@ class Elector:
         try:
             # Two tries before the time is over: one connection that hangs must not end it.
             async with asyncio.timeout(self._settings.renew_seconds / 2):
-                if self._read_next or not self.leads():
-                    self._look(await self._leases.read())
-                    self._read_next = False
-                if self._is_held():
-                    self._leads_until = -math.inf
-                    return False
-                # Before the request: the API server notes it later, and so does a standby.
-                began = self._clock()
-                self._look(await self._leases.write(self._claim()))
+                began = await self._claim_or_look()
         except (Conflict, TimeoutError, KubeError) as error:
             log.info("the Lease cannot be had: %s", str(error) or "no answer in time")
             self._read_next = True
             return False
+        if began is None:
+            self._leads_until = -math.inf
+            return False
         self._leads_until = began + self._settings.renew_seconds
         return True
 
+    async def _claim_or_look(self) -> float | None:
+        """When the request began that made the Lease ours; None if another replica has it."""
+        if self._read_next or not self.leads():
+            self._look(await self._leases.read())
+            self._read_next = False
+        for _ in range(CONFLICTS):
+            if self._is_held():
+                return None
+            # Before the request: the API server notes it later, and so does a standby.
+            began = self._clock()
+            try:
+                self._look(await self._leases.write(self._claim()))
+            except Conflict:
+                # At once: whoever was first may lead already.
+                self._look(await self._leases.read())
+                continue
+            return began
+        raise Conflict("others change it again and again")
+
     def _look(self, lease: Lease | None) -> None:
+        if lease is None and self._lease is not None and self._lease.holder not in ("", self._identity):
+            # Deleted, while its holder may still act: its time counts from now.
+            lease = replace(self._lease, version="")
         if lease is None or self._lease is None or lease.version != self._lease.version:
             self._unchanged_since = self._clock()
         self._lease = lease

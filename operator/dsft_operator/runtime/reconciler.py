@@ -275,6 +275,7 @@ class Reconciler:
         reason, before = (_reason(known) for known in (status, run.status))
         is_new, is_trouble = status.phase is not run.status.phase, bool(WAITS.get(reason))
         damage = _damage(status) - _damage(run.status)
+        self._check_leading()
         try:
             if status.phase is not None and (is_new or (is_trouble and reason != before)):
                 told = str(status.phase) if is_new else reason

@@ -37,6 +37,11 @@ class WorkQueue:
     def __len__(self) -> int:
         return len(self._ready)
 
+    def begin(self) -> None:
+        """Workers begin now: how long keys waited for that is not their latency."""
+        now = time.monotonic()
+        self._ready = deque((key, now) for key, _ in self._ready)
+
     def add(self, key: Key) -> None:
         """Have a key looked at as soon as possible."""
         self._cancel(key)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from dsft_api.conditions import Phase
+from dsft_operator.app import act
 from dsft_operator.config import ConfigError, LeaderElection, load_config
 from dsft_operator.core.observed import Ended
 from dsft_operator.ports import Conflict, KubeError, Lease
@@ -173,6 +174,89 @@ def test_a_deleted_lease_is_made_again_by_its_holder() -> None:
     assert first.elector.leads()
     first.clock.now += 2
     assert first.attempt()
+
+
+def test_a_deleted_lease_makes_no_second_leader() -> None:
+    """Who has seen its holder gives that one its time."""
+    server = Server()
+    first, second = Replica.of(server, "a"), Replica.of(server, "b")
+    assert first.attempt()
+    assert not second.attempt()
+    server.lease = None
+    second.clock.now += 1
+    assert not second.attempt()
+    second.clock.now += TIMES.lease_seconds + 0.1
+    assert second.attempt()
+    first.clock.now += 2
+    assert not first.attempt()
+    assert not first.elector.leads()
+
+
+def test_who_finds_another_holder_stops_at_once() -> None:
+    server = Server()
+    first = Replica.of(server, "a")
+    assert first.attempt()
+    server.lease = Lease("b", TIMES.lease_seconds, version="77")
+    first.clock.now += 2
+    assert not first.attempt()
+    assert not first.elector.leads()
+
+
+def test_a_time_that_is_over_is_not_made_longer() -> None:
+    """Frozen while another one led and gave the Lease back: what began before must end before this one leads again."""
+    server = Server()
+    first, second = Replica.of(server, "a"), Replica.of(server, "b")
+    assert first.attempt()
+    assert not second.attempt()
+    for clock in (first.clock, second.clock):
+        clock.now += TIMES.lease_seconds + 1
+    assert second.attempt()
+    asyncio.run(second.elector.release())
+    quick = Elector(
+        server, "a", LeaderElection(lease_seconds=15, renew_seconds=10, retry_seconds=0.01), clock=first.clock
+    )
+    quick._leads_until, quick._lease = first.clock.now - 1, server.lease
+    asyncio.run(asyncio.wait_for(quick.keep(), 5))
+    assert not quick.leads()
+    assert server.lease is not None
+    assert server.lease.holder == ""
+
+
+def test_a_lease_is_given_back_though_a_renewal_was_cancelled() -> None:
+    server = Server()
+    first = Replica.of(server, "a")
+    assert first.attempt()
+    assert server.lease is not None
+    # The API server took it, and the answer was not waited for.
+    server.lease = replace(server.lease, version="renewed")
+    asyncio.run(first.elector.release())
+    assert server.lease.holder == ""
+
+
+def test_a_replica_that_lost_the_lease_and_leads_again_looks_at_every_run() -> None:
+    """What a pass left whose time was over is not forgotten."""
+
+    async def scenario() -> None:
+        world, queue, server = World(), WorkQueue(), Server()
+        clock = Clock()
+        elector = Elector(
+            server, "a", LeaderElection(lease_seconds=2, renew_seconds=1, retry_seconds=0.01), clock=clock
+        )
+        reconciler = Reconciler(FakeKube(world), FakeRay(world), WorldClock(world), CONFIG, may_act=elector.leads)
+        task = asyncio.create_task(act(elector, queue, reconciler, 1))
+        async with asyncio.timeout(10):
+            while not elector.leads():  # noqa: ASYNC110  by what is tested
+                await asyncio.sleep(0.01)
+            clock.now += 5
+            queue.add(KEY)
+            while not (elector.leads() and world.calls):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert server.lease is not None
+        assert server.lease.holder == ""
+
+    asyncio.run(scenario())
 
 
 def test_a_request_that_hangs_does_not_outlive_the_time() -> None:
