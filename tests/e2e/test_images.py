@@ -22,7 +22,7 @@ def writable(path):
         return True
     except OSError:
         return False
-compilers = [name for name in ("cc", "gcc", "c++", "g++", "clang", "nvcc", "ninja") if shutil.which(name)]
+compilers = [name for name in ("cc", "gcc", "c++", "g++", "clang", "nvcc") if shutil.which(name)]
 built = pathlib.Path(os.environ.get("TORCH_EXTENSIONS_DIR") or pathlib.Path.home() / ".cache" / "torch_extensions")
 print(json.dumps({
     "uid": os.getuid(), "root": writable("/"), "code": writable("/opt/venv"), "compilers": compilers, "built": built.exists(),
