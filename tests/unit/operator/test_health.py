@@ -164,4 +164,6 @@ async def _live(world: World) -> None:
     for name in ("dsft_queue_latency_seconds_bucket", "dsft_queue_retries_total", "dsft_event_loop_lag_seconds"):
         assert name in text
     named = [line.partition("{")[0] for line in text.splitlines() if "chat" in line]
-    assert named == ["dsft_run_phase"], "of a run that is over, and gone with it: counters that name runs would have no bound"
+    assert named == ["dsft_run_phase"], (
+        "of a run that is over, and gone with it: counters that name runs would have no bound"
+    )
