@@ -63,11 +63,12 @@ class Elector:
 
     async def keep(self) -> None:
         """Renew the Lease for as long as that goes; returns when this replica does not lead any more."""
-        await asyncio.sleep(self._settings.retry_seconds)
-        # A time that is over is not made longer: another replica may have led since, and what began before must end first.
-        while self.leads():
-            await self.attempt()
+        while True:
             await asyncio.sleep(self._settings.retry_seconds)
+            # A time that is over is not made longer: another replica may have led since, and what began before must end first.
+            if not self.leads():
+                break
+            await self.attempt()
         log.warning("this replica does not lead any more", extra={"identity": self._identity})
 
     async def release(self) -> None:
