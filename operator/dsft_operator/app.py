@@ -188,12 +188,19 @@ class _Server:
 
     async def __aenter__(self) -> None:
         await self._runner.setup()
-        site = web.TCPSite(self._runner, port=self._port)
+        site = web.SockSite(self._runner, _listening(self._port))
         await site.start()
         log.info("serving", extra={"url": site.name})
 
     async def __aexit__(self, *_: object) -> None:
         await self._runner.cleanup()
+
+
+def _listening(port: int) -> socket.socket:
+    """On all addresses, of both families where there are two: one socket, so that port 0 is one port."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
 
 
 async def kube_configuration(config: OperatorConfig) -> client.Configuration:

@@ -35,6 +35,10 @@ class Operator:
     options: Document = field(default_factory=dict[str, Any])
     environment: dict[str, str] = field(default_factory=dict[str, str])
 
+    @property
+    def log_file(self) -> Path:
+        return self.folder / "operator.log"
+
     def start(self) -> None:
         file = self.folder / "config.yaml"
         document = {
@@ -50,7 +54,7 @@ class Operator:
         }
         file.write_text(yaml.safe_dump(document))
         self.starts += 1
-        with (self.folder / "operator.log").open("ab") as log:
+        with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "dsft_operator"],
                 env={
@@ -70,7 +74,7 @@ class Operator:
         self.process.wait(10)
 
     def log(self) -> str:
-        return (self.folder / "operator.log").read_text()[-6000:]
+        return self.log_file.read_text()[-6000:]
 
 
 @dataclass

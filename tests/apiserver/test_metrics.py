@@ -1,7 +1,6 @@
 """What Prometheus gets from an operator on a real API server: every metric that alerts and dashboard name, and no empty panel."""
 
 import re
-import socket
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,12 +36,9 @@ def training(uid: str) -> Progress:
 @pytest.fixture
 def metrics(scene: Scene) -> Callable[[], str]:
     """What the operator of the scene tells."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    scene.operator.options["httpPort"] = port
 
     def scrape() -> str:
+        (port,) = re.findall(r'"msg": "serving", "url": "http://\S+:(\d+)"', scene.operator.log_file.read_text())
         with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
             return answer.read().decode()
 
@@ -63,7 +59,6 @@ def test_what_alerts_and_panels_ask_for_is_told(
     scene.until("submitted", lambda: (scene.status().get("job") or {}).get("state") == "RUNNING")
     scene.head.progress = training(uid)
     scene.until("running", lambda: (scene.status().get("progress") or {}).get("step"))
-
     scene.until("told", lambda: "dsft_run_goodput_ratio{" in metrics())
     first = metrics()
     scene.until("looked again", lambda: metrics() != first)

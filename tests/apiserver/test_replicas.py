@@ -74,7 +74,7 @@ def replicas(scene: Scene, kuberay: None, tmp_path: Path) -> Iterator[Replicas]:
     pair.a.start()
     scene.until("a leads", lambda: pair.holder() == "a")
     pair.b.start()
-    scene.until("b watches", lambda: "serving" in pair.b.log())
+    scene.until("b is up", lambda: "serving" in pair.b.log())
     yield pair
     way.mend()
     for operator in (a, b):
