@@ -62,7 +62,7 @@ class KubeApi:
         return None if raw is None else run_of(cast("dict[str, Any]", raw), self._config, self._judge)
 
     async def runs(self) -> dict[Key, str]:
-        found: dict[Key, str] = {}
+        versions: dict[Key, str] = {}
         for namespace in self._config.watch_namespaces or (None,):
             page: str | None = ""
             while page is not None:
@@ -76,9 +76,9 @@ class KubeApi:
                 )
                 raw = cast("dict[str, Any]", await done(listed))
                 for meta in (item["metadata"] for item in raw["items"]):
-                    found[Key(meta["namespace"], meta["name"])] = meta["resourceVersion"]
+                    versions[Key(meta["namespace"], meta["name"])] = meta["resourceVersion"]
                 page = raw["metadata"].get("continue") or None
-        return found
+        return versions
 
     async def cluster(self, key: Key, name: str, run_uid: str) -> Cluster | None:
         try:

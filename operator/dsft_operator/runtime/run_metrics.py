@@ -41,6 +41,14 @@ def _seconds(time: datetime | None) -> float | None:
     return None if time is None else time.timestamp()
 
 
+def _last_safe(status: FineTuneStatus) -> float | None:
+    """What would be lost now counts from here."""
+    latest = status.checkpoints.latest if status.checkpoints is not None else None
+    attempt = status.attempts[-1] if status.attempts else None
+    times = [latest.time if latest else None, attempt.start_time if attempt and not attempt.end_time else None]
+    return max((time.timestamp() for time in times if time is not None), default=None)
+
+
 FIGURES = (
     Figure("dsft_run_attempt", "Number of the current attempt.", lambda status: status.attempt),
     Figure("dsft_run_step", "Optimizer steps done.", lambda status: status.progress and status.progress.step),
@@ -68,7 +76,7 @@ FIGURES = (
     Figure(
         "dsft_run_last_checkpoint_timestamp_seconds",
         "When the newest checkpoint was committed; before the first one, when the attempt began.",
-        lambda status: _last_safe(status),
+        _last_safe,
     ),
     Figure(
         "dsft_run_checkpoint_blocked_seconds",
@@ -91,14 +99,6 @@ FIGURES = (
         lambda status: status.usage and status.usage.wasted_gpu_seconds,
     ),
 )
-
-
-def _last_safe(status: FineTuneStatus) -> float | None:
-    """What would be lost now counts from here."""
-    latest = status.checkpoints.latest if status.checkpoints is not None else None
-    attempt = status.attempts[-1] if status.attempts else None
-    times = [latest.time if latest else None, attempt.start_time if attempt and not attempt.end_time else None]
-    return max((time.timestamp() for time in times if time is not None), default=None)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class RunMetrics(Collector):
         """A run is there, and this is its status."""
         phase = status.phase or Phase.PENDING
         over = status.completion_time is not None
-        figures = tuple(None if over else _number(figure.read(status)) for figure in FIGURES)
+        figures = tuple(None if over else figure.read(status) for figure in FIGURES)
         self._seen[key] = _Seen(phase, None if over else _wait(status), figures)
 
     def forget(self, key: Key) -> None:
@@ -167,7 +167,3 @@ def count(before: FineTuneStatus, after: FineTuneStatus) -> None:
 def _wait(status: FineTuneStatus) -> str | None:
     ready = condition_of(status, ConditionType.CLUSTER_READY)
     return ready.reason if ready is not None and ready.status == "False" and ready.reason in WAITS else None
-
-
-def _number(value: float | None) -> float | None:
-    return None if value is None else float(value)
