@@ -141,6 +141,14 @@ bench-recover: venv ## From a killed rank to the next step; minutes, wants an id
 bench-upload: venv $(VENV)/bench/.installed ## Upload to S3, against Ray Train's way, obstore and s5cmd; minutes, wants an idle machine
 	$(BIN)/python -m tests.bench.upload
 
+.PHONY: bench-reference
+bench-reference: venv ## Accuracy and F1 of the BERT/MRPC example, beside the script that it replaces; half an hour, on stand-ins
+	$(BIN)/python -m tests.bench.reference
+
+.PHONY: bench-frameworks
+bench-frameworks: venv $(VENV)/bench/.installed ## Tokens per CPU second, memory and losses, against HF Trainer and TRL; minutes, wants an idle machine
+	$(BIN)/python -m tests.bench.frameworks
+
 $(VENV)/bench/.installed: requirements/bench.txt
 	$(UV) pip install --quiet --no-deps --require-hashes --python $(BIN)/python --target $(VENV)/bench -r requirements/bench.txt
 	touch $@

@@ -5,9 +5,14 @@ from collections.abc import Iterator
 from uuid import uuid4
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.s3_server import S3Server
 from tests.unit.operator.crash_points import POINTS
+
+# No test is timed by the way: others may use the cores.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,24 +47,17 @@ class S3Server:
     process: subprocess.Popen[bytes] | None = None
 
     @classmethod
-    def start(cls, folder: Path, address: str = "127.0.0.1") -> "S3Server":
+    def start(
+        cls, folder: Path, address: str = "127.0.0.1", identities: Sequence[Identity] = (ADMIN, READER)
+    ) -> "S3Server":
         """Start on free ports of an address of this machine with data in `folder`; returns when it answers."""
         (folder / "data").mkdir(parents=True)
-        identities = [
-            {
-                "name": identity.name,
-                "credentials": [{"accessKey": identity.access_key, "secretKey": identity.secret_key}],
-                "actions": identity.actions,
-            }
-            for identity in (ADMIN, READER)
-        ]
-        (folder / "s3.json").write_text(json.dumps({"identities": identities}))
         names = ("master", "volume", "filer", "s3")
         ports = free_ports(2 * len(names), address)
         server = cls(
             folder, address, {name: ports.pop() for part in names for name in (f"{part}.port", f"{part}.port.grpc")}
         )
-        server.restart()
+        server.restart(identities)
         return server
 
     @property
@@ -105,9 +99,19 @@ class S3Server:
             self.process.kill()
             self.process.wait(10)
 
-    def restart(self) -> None:
-        """Start again on the same ports and data; returns when it answers."""
+    def restart(self, identities: Sequence[Identity] | None = None) -> None:
+        """Start again on the same ports and data, with other identities if any are given; returns when it answers."""
         self.kill()
+        if identities is not None:
+            known = [
+                {
+                    "name": identity.name,
+                    "credentials": [{"accessKey": identity.access_key, "secretKey": identity.secret_key}],
+                    "actions": identity.actions,
+                }
+                for identity in identities
+            ]
+            (self.folder / "s3.json").write_text(json.dumps({"identities": known}))
         with (self.folder / "weed.log").open("ab") as log:
             self.process = subprocess.Popen(self._argv(), cwd=self.folder, stdout=log, stderr=log)
         deadline = time.monotonic() + START_SECONDS

@@ -110,10 +110,10 @@ class IntOrString:
         return {**limits, "anyOf": [{"type": "integer"}, {"type": "string"}], "x-kubernetes-int-or-string": True}
 
 
-# The same pattern as k8s.io/apimachinery resource.Quantity.
-QUANTITY_PATTERN = (
-    r"^(\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))(([KMGTPE]i)|[numkMGTPE]|([eE](\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))))?$"
-)
+# What k8s.io/apimachinery resource.Quantity can read. The pattern of its own schemas lets more pass, such as 1e1.5, and one such
+# RayCluster would keep KubeRay from reading all others.
+QUANTITY_PATTERN = r"^\+?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))(([KMGTPE]i)|[numkMGTPE]|([eE](\+|-)?[0-9]{1,2}))?$"
+ConfigKey = Annotated[str, Field(pattern=r"^[-._a-zA-Z0-9]+$", max_length=253)]
 
 Quantity = Annotated[int | Annotated[str, Field(pattern=QUANTITY_PATTERN, max_length=32)], IntOrString()]
 DnsLabel = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]

@@ -1,4 +1,5 @@
 """How the global batch is cut over ranks: globalBatchSize = ranks x microBatchSize x gradient accumulation steps.
+And how a micro-batch is cut for the chunked loss.
 
 The global batch decides the loss curve and never changes by itself; what does not divide is refused with what would.
 """
@@ -82,6 +83,14 @@ def plan_batch(global_batch_size: int, ranks: int, micro_batch_size: int, ranks_
     if rest:
         raise BatchError(global_batch_size, ranks, micro_batch_size, ranks_per_node)
     return BatchPlan(ranks, micro_batch_size, steps)
+
+
+def chunk_tokens(vocabulary: int) -> int:
+    """Tokens of which `lossKernel: chunked` has the logits at one time: 256 MB in fp32.
+
+    At least 128, since fewer keep no device busy.
+    """
+    return max(128, 2**26 // vocabulary)
 
 
 def _divisors_of_quotient(total: int, factor: int) -> tuple[int, ...]:

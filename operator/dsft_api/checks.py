@@ -5,6 +5,7 @@ rule over the spec, and says nothing about parts that are missing.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 from pydantic.alias_generators import to_camel
 
@@ -25,28 +26,33 @@ _METRIC_TASK: dict[str, Task] = {
     "f1": "sequence-classification",
 }
 
+# Wrong DeepSpeed keys that are told at once: to each the nearest right one is looked for, which takes time from other runs.
+MAX_KEYS = 50
+
 # Settings of the built-in training.
 _BUILT_IN_ONLY = (
     "startFrom",
     "evaluation.everySteps",
-    "evaluation.metric",
-    "evaluation.mode",
+    "evaluation.earlyStopping",
     "execution.microBatchSize",
     "execution.evalBatchSize",
     "execution.activationCheckpointing",
     "execution.attention",
     "execution.lossKernel",
+    "execution.interconnect.minAllGatherGBps",
     "deepspeed.config",
     "checkpoint.everySteps",
     "checkpoint.everyMinutes",
     "checkpoint.interval",
     "checkpoint.maxFailures",
     "checkpoint.onWorldSizeChange",
-    "checkpoint.keepLast",
     "checkpoint.keepBest",
-    "checkpoint.drainSeconds",
     "export.format",
+    "export.pushToHub",
+    "export.mergeLora",
     "tracking.tensorboard",
+    "tracking.mlflow",
+    "tracking.wandb",
 )
 
 
@@ -61,7 +67,7 @@ def check(resource: DeepSpeedFineTune) -> tuple[Problem, ...]:
 
 def deepspeed_keys_are_free(spec: FineTuneSpec) -> Iterator[Problem]:
     """`deepspeed.config` sets nothing that the manifest, this trainer or DeepSpeed 0.19 does not leave to it."""
-    yield from check_config(spec.deepspeed.config)
+    yield from islice(check_config(spec.deepspeed.config), MAX_KEYS)
 
 
 def format_fits_task(spec: FineTuneSpec) -> Iterator[Problem]:
@@ -84,10 +90,11 @@ def columns_fit_format(spec: FineTuneSpec) -> Iterator[Problem]:
     if spec.data is None:
         return
     sources: list[tuple[str, DataFormat | None, Columns | None]] = []
-    if train := spec.data.train:
-        sources.append(("spec.data.train", train.format, train.columns))
-        if held_out := spec.data.eval:
-            sources.append(("spec.data.eval", held_out.format or train.format, held_out.columns))
+    for field, source in spec.data.sources():
+        sources.append((field, source.format, source.columns))
+    if held_out := spec.data.eval:
+        inherited = spec.data.train.format if spec.data.train else None
+        sources.append(("spec.data.eval", held_out.format or inherited, held_out.columns))
     for field, used, columns in sources:
         if used is None or columns is None:
             continue
@@ -110,6 +117,19 @@ def loss_on_fits_format(spec: FineTuneSpec) -> Iterator[Problem]:
             return
 
 
+def packing_needs_causal_lm(spec: FineTuneSpec) -> Iterator[Problem]:
+    """A classifier has one label per sequence."""
+    if spec.model is not None and spec.data is not None and spec.data.packing and spec.model.task != "causal-lm":
+        yield Problem("spec.data.packing", f"does not fit task {spec.model.task}", "remove it", True)
+
+
+def chunked_loss_needs_causal_lm(spec: FineTuneSpec) -> Iterator[Problem]:
+    """A classifier has one small row of logits per sequence."""
+    if spec.model is not None and spec.execution.loss_kernel == "chunked" and spec.model.task != "causal-lm":
+        field = "spec.execution.lossKernel"
+        yield Problem(field, f"does not fit task {spec.model.task}", "write standard", "chunked")
+
+
 def chat_template_needs_messages(spec: FineTuneSpec) -> Iterator[Problem]:
     """Only messages are put through a chat template."""
     if spec.data is None or spec.data.chat_template is None:
@@ -122,12 +142,21 @@ def chat_template_needs_messages(spec: FineTuneSpec) -> Iterator[Problem]:
 
 def eval_differs_from_train(spec: FineTuneSpec) -> Iterator[Problem]:
     """Evaluation on the training data measures nothing."""
-    if spec.data is None or spec.data.train is None or spec.data.eval is None:
+    if spec.data is None or spec.data.eval is None:
         return
     train, own = spec.data.train, spec.data.eval
-    held_out = own if own.uri else train.model_copy(update=own.model_dump(exclude_none=True))
-    if _place(held_out) == _place(train):
+    held_out = own if own.uri or train is None else train.model_copy(update=own.model_dump(exclude_none=True))
+    if _place(held_out) in [_place(source) for _, source in spec.data.sources()]:
         yield Problem("spec.data.eval", "is the training data itself", "name another split or uri, or use evalFraction")
+
+
+def eval_beside_a_mixture_is_whole(spec: FineTuneSpec) -> Iterator[Problem]:
+    """There is no one data set that evaluation data could take its rest from."""
+    if spec.data is None or spec.data.eval is None or spec.data.mixture is None:
+        return
+    for name in ("uri", "format"):
+        if getattr(spec.data.eval, name) is None:
+            yield Problem(f"spec.data.eval.{name}", "is missing: a mixture has no one to take it from", f"add {name}")
 
 
 def evaluation_needs_data(spec: FineTuneSpec) -> Iterator[Problem]:
@@ -140,6 +169,24 @@ def evaluation_needs_data(spec: FineTuneSpec) -> Iterator[Problem]:
         yield Problem(f"spec.evaluation.{alias}", "there is no evaluation data", remedy)
     if "keep_best" in spec.checkpoint.asked and spec.checkpoint.keep_best > 0:
         yield Problem("spec.checkpoint.keepBest", "there is no evaluation data to find the best by", remedy)
+
+
+def early_stopping_keeps_the_best(spec: FineTuneSpec) -> Iterator[Problem]:
+    """What is exported after early stopping is the best checkpoint, so there must be one."""
+    if spec.evaluation.early_stopping is not None and spec.checkpoint.keep_best == 0:
+        yield Problem(
+            "spec.checkpoint.keepBest",
+            "is 0, and spec.evaluation.earlyStopping exports the best checkpoint",
+            "set it to 1, or remove earlyStopping",
+            0,
+        )
+
+
+def push_needs_an_export(spec: FineTuneSpec) -> Iterator[Problem]:
+    """Nothing is uploaded where nothing is exported."""
+    if spec.export.push_to_hub is not None and spec.export.format == "none":
+        remedy = "remove it, or write spec.export.format: safetensors"
+        yield Problem("spec.export.pushToHub", "there is no export with spec.export.format none", remedy)
 
 
 def metric_fits_task(spec: FineTuneSpec) -> Iterator[Problem]:
@@ -186,6 +233,18 @@ def optimisation_fits(spec: FineTuneSpec) -> Iterator[Problem]:
         yield Problem("spec.training.precision", "is for GPUs only", "use bf16 or fp32 on device cpu", "fp16")
 
 
+def merge_needs_adapters(spec: FineTuneSpec) -> Iterator[Problem]:
+    """Only adapters can be exported unmerged."""
+    if spec.export.merge_lora or spec.training is None:
+        return
+    if spec.training.lora is None:
+        yield Problem(
+            "spec.export.mergeLora", "there are no adapters to merge", "remove it, or add spec.training.lora", False
+        )
+    elif spec.export.format == "none":
+        yield Problem("spec.export.mergeLora", "nothing is exported", "remove it, or remove spec.export.format", False)
+
+
 def batch_fits_pools(spec: FineTuneSpec) -> Iterator[Problem]:
     """The ranks of the pools divide the global batch."""
     if spec.training is None or not spec.node_pools:
@@ -211,6 +270,15 @@ def program_has_its_own_settings(spec: FineTuneSpec) -> Iterator[Problem]:
             )
 
 
+def model_code_stays_with_the_ranks(spec: FineTuneSpec) -> Iterator[Problem]:
+    """Ray Data's tasks get a tokenizer by value, and its class only from installed packages."""
+    if spec.model is None or spec.data is None or not spec.model.trust_remote_code:
+        return
+    if spec.data.loader == "ray-data":
+        message = "does not fit spec.model.trustRemoteCode: the tasks of Ray Data have no code of the model"
+        yield Problem("spec.data.loader", message, "use loader torch", "ray-data")
+
+
 def s3_settings_need_s3(spec: FineTuneSpec) -> Iterator[Problem]:
     """Settings of S3 without anything on S3. Absent storage is the operator's, which may be S3."""
     storage = spec.storage
@@ -224,15 +292,34 @@ def s3_settings_need_s3(spec: FineTuneSpec) -> Iterator[Problem]:
             )
 
 
+def queue_fits_scheduler(spec: FineTuneSpec) -> Iterator[Problem]:
+    """Only Kueue holds a run back before it has pods, and YuniKorn takes a priority from pods only."""
+    if spec.queue is None or spec.queue.scheduler == "kueue":
+        return
+    scheduler = spec.queue.scheduler
+    if scheduler == "yunikorn" and spec.queue.priority_class is not None:
+        yield Problem(
+            "spec.queue.priorityClass",
+            "has no effect with scheduler yunikorn, which takes the priority from the pods",
+            "remove it, and write spec.nodePools[].priorityClassName",
+            spec.queue.priority_class,
+        )
+    if spec.deadlines.queue_seconds is not None:
+        yield Problem(
+            "spec.deadlines.queueSeconds",
+            f"has no effect with scheduler {scheduler}: the pods are there, and wait for nodes",
+            "write spec.deadlines.provisionSeconds instead",
+            spec.deadlines.queue_seconds,
+        )
+
+
 def _place(source: DatasetSource | EvalSource) -> tuple[str | None, ...]:
     return source.uri, source.revision or "main", source.subset, source.split or "train"
 
 
 def _formats(data: DataSpec) -> Iterator[tuple[str, DataFormat]]:
-    if data.train is not None:
-        yield "spec.data.train.format", data.train.format
-    for index, source in enumerate(data.mixture or ()):
-        yield f"spec.data.mixture[{index}].format", source.format
+    for field, source in data.sources():
+        yield f"{field}.format", source.format
     if data.eval is not None and data.eval.format is not None:
         yield "spec.data.eval.format", data.eval.format
 
@@ -246,14 +333,22 @@ RULES: tuple[Callable[[FineTuneSpec], Iterator[Problem]], ...] = (
     format_fits_task,
     columns_fit_format,
     loss_on_fits_format,
+    packing_needs_causal_lm,
+    chunked_loss_needs_causal_lm,
     chat_template_needs_messages,
     eval_differs_from_train,
+    eval_beside_a_mixture_is_whole,
     evaluation_needs_data,
+    early_stopping_keeps_the_best,
+    push_needs_an_export,
     metric_fits_task,
     optimisation_fits,
+    merge_needs_adapters,
     batch_fits_pools,
     program_has_its_own_settings,
+    model_code_stays_with_the_ranks,
     s3_settings_need_s3,
+    queue_fits_scheduler,
     deepspeed_keys_are_free,
     check_built,
 )

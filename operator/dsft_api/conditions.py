@@ -15,13 +15,16 @@ class ConditionType(StrEnum):
     STALLED = "Stalled"
     SUCCEEDED = "Succeeded"
     ACCEPTED = "Accepted"
+    PREFLIGHTED = "Preflighted"
     CLUSTER_READY = "ClusterReady"
     JOB_SUBMITTED = "JobSubmitted"
     CHECKPOINT_AVAILABLE = "CheckpointAvailable"
 
 
 class Phase(StrEnum):
-    """The printed summary of the conditions. Nothing decides by it but the CRD's rules on placement."""
+    """The printed summary of the conditions. Only the CRD's rules on placement decide by it, and the health checks for
+    GitOps tools, which tell a run that waits for others (Queued, Suspended) from one that is on its way.
+    """
 
     PENDING = "Pending"
     QUEUED = "Queued"
@@ -40,6 +43,7 @@ class Reason(StrEnum):
 
     INVALID = "Invalid"
     NOT_SUPPORTED = "NotSupported"
+    NOT_ALLOWED = "NotAllowed"
     ACCEPTED = "Accepted"
     STARTING = "Starting"
     TRAINING = "Training"
@@ -50,6 +54,9 @@ class Reason(StrEnum):
     NO_CHECKPOINT = "NoCheckpoint"
     CHECKPOINT_DAMAGED = "CheckpointDamaged"
     SUBMITTED = "Submitted"
+    PREFLIGHT = "Preflight"
+    PREFLIGHT_PASSED = "PreflightPassed"
+    PREFLIGHT_INCOMPLETE = "PreflightIncomplete"
     PROVISIONING = "Provisioning"
     QUEUED = "Queued"
     RESTARTING = "Restarting"
@@ -104,6 +111,7 @@ class FailureClass(StrEnum):
     HEAD_LOST = "HeadLost"
     WORKER_LOST = "WorkerLost"
     GPU_FAULT = "GpuFault"
+    SLOW_INTERCONNECT = "SlowInterconnect"
     PREEMPTED = "Preempted"
     IMAGE_PULL = "ImagePull"
     UNSCHEDULABLE = "Unschedulable"
@@ -138,6 +146,11 @@ FAILURES: dict[FailureClass, Failure] = {
     FailureClass.HEAD_LOST: Failure(_E.OTHER, True, "nothing: the run goes on from its last checkpoint"),
     FailureClass.WORKER_LOST: Failure(_E.OTHER, True, "nothing: the run goes on from its last checkpoint"),
     FailureClass.GPU_FAULT: Failure(_E.GPU_FAULT, True, "have the node's GPU looked at"),
+    FailureClass.SLOW_INTERCONNECT: Failure(
+        _E.OTHER,
+        False,
+        "check spec.execution.interconnect.profile and the network of the nodes, or lower minAllGatherGBps",
+    ),
     FailureClass.PREEMPTED: Failure(_E.INTERRUPTED, True, "nothing: the run goes on from its last checkpoint"),
     FailureClass.IMAGE_PULL: Failure(_E.OTHER, True, "check spec.image.trainer and pullSecrets"),
     FailureClass.UNSCHEDULABLE: Failure(_E.OTHER, True, "check spec.nodePools against the nodes of the cluster"),
@@ -157,6 +170,7 @@ FAILURES: dict[FailureClass, Failure] = {
 
 # Why a run waits, as reason of condition ClusterReady, and what to do. None: nothing, it passes.
 WAITS: dict[str, str | None] = {
+    Reason.PREFLIGHT: None,
     Reason.PROVISIONING: None,
     Reason.WAITING_FOR_RAY: None,
     FailureClass.IMAGE_PULL: FAILURES[FailureClass.IMAGE_PULL].remedy,
@@ -164,9 +178,9 @@ WAITS: dict[str, str | None] = {
     Reason.POD_CONFIG_INVALID: "make the Secret or ConfigMap that is named, or correct its name in the spec",
     Reason.VOLUME_UNAVAILABLE: "make the claim, ConfigMap or volume that is named, or correct its name in the spec",
     Reason.POD_FAILED: "read what the pod said; check spec.image and the resources of spec.head and spec.nodePools",
-    Reason.CLUSTER_REFUSED: "correct what is named: a quota, an admission policy, or a field of the spec",
+    Reason.CLUSTER_REFUSED: "correct what is named: a quota, an admission policy, a right, or a field of the spec",
     Reason.QUEUED: None,
-    Reason.NEVER_FITS: "ask for less in spec.nodePools, or have the quota of the queue raised",
+    Reason.NEVER_FITS: "ask in spec.nodePools for no more than a flavor of the queue has, or have its quota raised",
     Reason.QUEUE_CLOSED: "correct spec.queue.name, or have the queue opened",
     Reason.KUEUE_MISSING: "install Kueue with its integration ray.io/raycluster, or remove spec.queue",
     Reason.KUBERAY_MISSING: "install KubeRay",

@@ -50,7 +50,7 @@ _WIDE_COLUMNS = {
 }
 
 # In these nothing runs on the pools, the image and the environment, so they may be replaced.
-_OPEN_PHASES = [Phase.PENDING.value, Phase.SUSPENDED.value, Phase.FAILED.value]
+_OPEN_PHASES = [Phase.PENDING.value, Phase.QUEUED.value, Phase.SUSPENDED.value, Phase.FAILED.value]
 
 
 def crd() -> dict[str, Any]:
@@ -94,7 +94,7 @@ def crd() -> dict[str, Any]:
 
 
 def freeze_rules() -> tuple[Rule, ...]:
-    """Return the transition rules: identity is frozen once the run began, placement while it holds or wants nodes.
+    """Return the transition rules: identity is frozen once the run began, placement while it has nodes or they are coming.
 
     They stand at the root, where `oldSelf.status` can be read, and compare presence too: a rule on the field itself is
     not asked when the field is added or removed. Free-form parts (`program.config`) are compared as a whole.

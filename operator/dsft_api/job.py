@@ -9,7 +9,7 @@ from pydantic import Field
 
 from dsft_api.base import ApiModel
 from dsft_api.spec import FineTuneSpec
-from dsft_api.status import Inputs
+from dsft_api.status import Inputs, Time
 
 CONTRACT = 1
 JOB_ENV = "DSFT_JOB"
@@ -43,6 +43,9 @@ class Job(ApiModel):
     spec_hash: str = Field(description="Digest of its identity part.")
     storage_prefix: str = Field(description="URI of the run's folder.")
     ranks: Ranks = Field(description="The processes that train.")
+    end_by: Time | None = Field(
+        default=None, description="When spec.deadlines.runSeconds are over; then it is stopped."
+    )
     resolved: Inputs | None = Field(default=None, description="What the first attempt found the inputs to be.")
 
     def to_json(self) -> str:

@@ -9,6 +9,12 @@ RESULT_FILE = "RESULT.json"
 PROGRESS_FILE = "progress.json"
 """The newest progress document, seconds old."""
 
+PREFLIGHT_FILE = "preflight.json"
+"""What the last preflight found, with one sample as it is trained on."""
+
+TOKENS = "tokens"
+"""Folders of tokens by a digest of what made them, for the next start; deleted when the run succeeded."""
+
 CHECKPOINTS = "checkpoints"
 ATTEMPTS = "attempts"
 EXPORT = "export"

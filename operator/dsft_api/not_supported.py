@@ -30,29 +30,16 @@ class NotBuilt:
 
 NOT_BUILT = (
     NotBuilt(
-        "program.source", "code from outside the trainer image is not built yet; install it in an image of your own"
-    ),
-    NotBuilt("model.trustRemoteCode", "code from model repositories is never run", (False,)),
-    NotBuilt("data.mixture", "mixing data sets is not built yet; use data.train"),
-    NotBuilt("data.packing", "packing is not built yet", (False,)),
-    NotBuilt(
         "data.chatTemplate.configMapRef", "templates from ConfigMaps are not built yet; use template or fromModel"
     ),
-    NotBuilt("training.lora", "LoRA is not built yet; all weights are trained"),
-    NotBuilt("evaluation.earlyStopping", "early stopping is not built yet"),
     NotBuilt("execution.attention", "flash_attention_2 is not built yet", ("sdpa", "eager")),
-    NotBuilt("execution.lossKernel", "the chunked loss is not built yet", ("standard",)),
-    NotBuilt("execution.interconnect", "the check of the network is not built yet"),
     NotBuilt("deepspeed.offload.optimizer", "offload to host memory is not built yet", ("none",)),
     NotBuilt("deepspeed.offload.params", "offload to host memory is not built yet", ("none",)),
-    NotBuilt("export.mergeLora", "LoRA is not built yet"),
-    NotBuilt("export.pushToHub", "upload to the Hub is not built yet; the export is in storage"),
-    NotBuilt("tracking.mlflow", "MLflow is not built yet; tensorboard is"),
-    NotBuilt("tracking.wandb", "Weights & Biases is not built yet; tensorboard is"),
 )
 
 # Fields that speak of pods and queues; `dsft run` has none.
 CLUSTER_ONLY = (
+    "execution.interconnect.profile",
     "nodePools[].gpuResource",
     "nodePools[].resources",
     "nodePools[].nodeSelector",
@@ -69,6 +56,7 @@ CLUSTER_ONLY = (
     "envFrom",
     "storage.volume",
     "storage.caBundle",
+    "preflight",
     "queue",
     "retry",
     "deadlines.queueSeconds",

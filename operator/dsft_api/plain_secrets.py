@@ -1,4 +1,4 @@
-"""Secrets that were written into a manifest, where everyone who may read the resource reads them (design law 5).
+"""Secrets in plain text, where everyone who may read the resource reads them (design law 5): in a manifest, in what a run tells.
 
 Found by the name of an environment variable and by the shape of any value. What is found is never repeated.
 """
@@ -12,6 +12,8 @@ from dsft_api.problem import Path, Problem, field_name
 from dsft_api.resource import DeepSpeedFineTune
 
 REDACTED = "[redacted]"
+# Of anything shorter the text would be full by chance.
+SHORTEST_SECRET = 8
 
 _TELLING_NAME = re.compile(r"(^|_)(TOKEN|KEY|KEY_ID)$|SECRET|PASSWORD|PASSWD", re.IGNORECASE)
 _TELLING_SHAPES: dict[str, re.Pattern[str]] = {
@@ -19,8 +21,9 @@ _TELLING_SHAPES: dict[str, re.Pattern[str]] = {
     "a Hugging Face token": re.compile(r"\bhf_[A-Za-z0-9]{20,}"),
     "a GitHub token": re.compile(r"\b(gh[oprsu]_[A-Za-z0-9]{30,}|github_pat_\w{30,})"),
     "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
-    # hf://NAME@REVISION is a common slip, not a user name.
-    "credentials in a URL": re.compile(r"\b(?!hf:)[a-z][a-z0-9+.-]*://[^/\s?#]*@", re.IGNORECASE),
+    # hf://NAME@REVISION is a common slip, not a user name. The bound and the look behind keep the time linear: without them a
+    # text of dashes takes time by its square.
+    "credentials in a URL": re.compile(r"(?<![a-z0-9+.-])(?!hf:)[a-z][a-z0-9+.-]{0,31}://[^/\s?#]*@", re.IGNORECASE),
 }
 # kubectl's copy of what is judged anyway.
 _LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
@@ -40,6 +43,18 @@ def is_secret_name(name: str) -> bool:
 def secret_shape(value: str) -> str | None:
     """What kind of secret a value looks like, if any."""
     return next((kind for kind, shape in _TELLING_SHAPES.items() if shape.search(value)), None)
+
+
+def without_secrets(text: str, environment: Mapping[str, str]) -> str:
+    """The text, less the values of variables whose names tell of secrets, and less what has the shape of a secret."""
+    for name, value in environment.items():
+        # A line's end that came with it is not printed with it, or as its repr.
+        secret = value.strip()
+        if is_secret_name(name) and len(secret) >= SHORTEST_SECRET:
+            text = text.replace(secret, REDACTED)
+    for shape in _TELLING_SHAPES.values():
+        text = shape.sub(REDACTED, text)
+    return text
 
 
 def redacted(problem: Problem) -> Problem:

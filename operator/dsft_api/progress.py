@@ -11,7 +11,17 @@ from pydantic import Field
 
 from dsft_api.base import ApiModel
 from dsft_api.conditions import FailureClass, Phase
-from dsft_api.status import Checkpoints, EvaluationStatus, Inputs, Loss, Output, ProgressStatus, Spent, Time
+from dsft_api.status import (
+    Checkpoints,
+    EvaluationStatus,
+    Inputs,
+    InterconnectStatus,
+    Loss,
+    Output,
+    ProgressStatus,
+    Spent,
+    Time,
+)
 
 PROGRESS_FILE = "dsft-progress.json"
 
@@ -77,6 +87,7 @@ class Progress(ApiModel):
     progress: ProgressStatus | None = Field(default=None, description="How far the training is.")
     grad_norm: float | None = Field(default=None, description="Gradient norm of the last step, before clipping.")
     skipped_steps: int = Field(default=0, description="Steps that were not applied, since a gradient was not finite.")
+    interconnect: InterconnectStatus | None = Field(default=None, description="The network between the ranks.")
     evaluation: EvaluationStatus | None = Field(default=None, description="The last evaluation.")
     checkpoints: Checkpoints | None = Field(default=None, description="Committed checkpoints.")
     output: Output | None = Field(default=None, description="The exported model.")

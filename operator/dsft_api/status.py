@@ -7,7 +7,7 @@ API server and by `dsft run` to status.yaml.
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
-from pydantic import Field, PlainSerializer
+from pydantic import AfterValidator, Field, PlainSerializer
 
 from dsft_api.base import ApiModel, ListMap
 from dsft_api.conditions import ConditionType, FailureClass, Phase
@@ -17,8 +17,15 @@ def _rfc3339(time: datetime) -> str:
     return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def _usual(time: datetime) -> datetime:
+    """A time with a zone, of years that every clock and format knows: a tenant's head tells some of them."""
+    if time.tzinfo is None or not 1970 <= time.year < 9000:
+        raise ValueError("write a time with its zone, such as 2026-01-31T12:00:00Z")
+    return time
+
+
 # Seconds precision, as metav1.Time.
-Time = Annotated[datetime, PlainSerializer(_rfc3339, return_type=str)]
+Time = Annotated[datetime, AfterValidator(_usual), PlainSerializer(_rfc3339, return_type=str)]
 Seconds = Annotated[float, PlainSerializer(lambda seconds: round(seconds, 1), return_type=float)]
 NodeName = Annotated[str, Field(max_length=253)]
 MAX_AVOIDED = 10
@@ -41,8 +48,25 @@ class Inputs(ApiModel):
 
     model_revision: str | None = Field(default=None, max_length=128, description="Commit of an hf:// model.")
     data_revision: str | None = Field(default=None, max_length=128, description="Commit of an hf:// training data set.")
+    mixture_revisions: Annotated[tuple[Annotated[str, Field(max_length=128)], ...], Field(max_length=32)] = Field(
+        default=(),
+        description="Commits of the members of data.mixture, in their order; empty for one that is not on the Hub.",
+    )
+    eval_revision: str | None = Field(
+        default=None,
+        max_length=128,
+        description="Commit of an hf:// evaluation data set, where data.eval names a uri or revision of its own.",
+    )
     data_digest: str | None = Field(
         default=None, max_length=128, description="Digest of the training and evaluation data."
+    )
+    template_revision: str | None = Field(
+        default=None, max_length=128, description="Commit of the hf:// model in data.chatTemplate.fromModel."
+    )
+    template_digest: str | None = Field(
+        default=None,
+        max_length=128,
+        description="Digest of its tokenizer's files with the template, if it is elsewhere.",
     )
     start_uri: str | None = Field(default=None, max_length=1024, description="The checkpoint that startFrom chose.")
     start_digest: str | None = Field(default=None, max_length=128, description="Digest of its COMMIT.json.")
@@ -54,6 +78,14 @@ class Resolved(Inputs):
     image: str | None = Field(default=None, description="Trainer image by digest.")
     contract: int | None = Field(default=None, description="Version of the job contract.")
     storage_prefix: str | None = Field(default=None, description="URI of the run's folder.")
+
+
+class PreflightStatus(ApiModel):
+    """The look at storage, model and data before there is a Ray cluster. What it found is in condition Preflighted."""
+
+    job: str = Field(description="Name of its Job, another one for another spec.")
+    start_time: Time = Field(description="Start.")
+    end_time: Time | None = Field(default=None, description="When it had its result, or was given up.")
 
 
 class RayClusterStatus(ApiModel):
@@ -94,6 +126,17 @@ class ProgressStatus(ApiModel):
     updated_at: Time | None = Field(default=None, description="When this was measured.")
 
 
+class InterconnectStatus(ApiModel):
+    """The network between the ranks, as it was measured when they last started."""
+
+    all_gather_gbps: float = Field(
+        ge=0,
+        alias="allGatherGBps",
+        description="Bus bandwidth of an all-gather, GB/s: the bytes that a rank receives, by the time of the slowest one.",
+    )
+    ranks: int = Field(description="Ranks that took part.")
+
+
 class EvaluationStatus(ApiModel):
     """The last evaluation."""
 
@@ -117,7 +160,9 @@ class CheckpointRef(ApiModel):
         exclude_if=lambda metrics: not metrics,
         description="Evaluation metrics of that step, if any.",
     )
-    digest: str = Field(description="sha256:... of its COMMIT.json.")
+    digest: str | None = Field(
+        default=None, description="sha256:... of its COMMIT.json. A program's have none: Ray Train takes no checksums."
+    )
 
 
 class Checkpoints(ApiModel):
@@ -157,9 +202,12 @@ class Output(ApiModel):
     """The exported model."""
 
     uri: str = Field(description="Its folder.")
-    format: str = Field(description="Format.")
+    format: str = Field(
+        description="safetensors: a model for transformers. peft: an adapter, for the model that it was trained on."
+    )
     bytes: int = Field(description="Size in bytes.")
     digest: str = Field(description="sha256:... of its manifest.json.")
+    hub: str | None = Field(default=None, max_length=256, description="ORG/NAME@COMMIT of the copy on the Hub.")
 
 
 class Spent(ApiModel):
@@ -278,9 +326,11 @@ class FineTuneStatus(ApiModel):
     spec_hash: str | None = Field(default=None, description="sha256:... of the identity part of the spec.")
     resolved: Resolved | None = Field(default=None, description="Pinned inputs.")
     attempt: int | None = Field(default=None, description="Number of the current attempt.")
+    preflight: PreflightStatus | None = Field(default=None, description="The look before there is a Ray cluster.")
     ray_cluster: RayClusterStatus | None = Field(default=None, description="The Ray cluster.")
     job: JobStatus | None = Field(default=None, description="The Ray job.")
     progress: ProgressStatus | None = Field(default=None, description="Progress of the training.")
+    interconnect: InterconnectStatus | None = Field(default=None, description="The network between the ranks.")
     evaluation: EvaluationStatus | None = Field(default=None, description="The last evaluation.")
     checkpoint_request: str | None = Field(
         default=None, description="Value of annotation dsft.dev/checkpoint-request that was last committed."

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 from dsft_api.problem import Problem
 from dsft_api.spec import FineTuneSpec
@@ -10,6 +11,9 @@ from dsft_api.spec.identity import DatasetSource, EvalSource
 
 _SOURCES = ("hf", "s3", "file", "python")
 _STORAGE = ("s3", "file")
+_HTTP = ("https", "http")
+ARCHIVE, GIT = "spec.program.source.archive", "spec.program.source.git"
+_SCHEMES_OF = {"spec.storage.uri": _STORAGE, ARCHIVE: _STORAGE, GIT: _HTTP}
 
 
 @dataclass(frozen=True)
@@ -26,9 +30,14 @@ SCHEMES: dict[str, Scheme] = {
     ),
     "s3": Scheme(re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?"), "s3://BUCKET/PATH"),
     "file": Scheme(re.compile(r"/.*"), "file:///ABSOLUTE/PATH, with three slashes"),
+    "https": Scheme(re.compile(r"[^/@]+/.+"), "https://HOST/PATH, without user name and password"),
+    "http": Scheme(re.compile(r"[^/@]+/.+"), "http://HOST/PATH, without user name and password"),
     "python": Scheme(re.compile(r"(?!.*/\.\.(/|$))[A-Za-z_][\w.]*/.+"), "python://PACKAGE/PATH"),
 }
 
+_DOTS = re.compile(r"/\.{1,2}/")
+# Python's urlsplit drops tabs and newlines, and storage drops empty parts.
+_UNCLEAR = re.compile(r"[\x00-\x1f\x7f\\]|.//")
 # A file of rows has no splits; a folder may be a saved data set, which has.
 _FILE_OF_ROWS = re.compile(r"\.(jsonl?|csv|parquet)(\.(gz|zst))?$")
 
@@ -38,15 +47,17 @@ def uris(spec: FineTuneSpec) -> Iterator[tuple[str, str]]:
     if spec.model is not None:
         yield "spec.model.uri", spec.model.uri
     if spec.data is not None:
-        if spec.data.train is not None:
-            yield "spec.data.train.uri", spec.data.train.uri
-        for index, source in enumerate(spec.data.mixture or ()):
-            yield f"spec.data.mixture[{index}].uri", source.uri
+        yield from ((f"{field}.uri", source.uri) for field, source in spec.data.sources())
         if spec.data.eval is not None and spec.data.eval.uri is not None:
             yield "spec.data.eval.uri", spec.data.eval.uri
         template = spec.data.chat_template
         if template is not None and template.from_model is not None and "://" in template.from_model:
             yield "spec.data.chatTemplate.fromModel", template.from_model
+    source = spec.program.source if spec.program is not None else None
+    if source is not None and source.archive is not None:
+        yield ARCHIVE, source.archive
+    if source is not None and source.git is not None:
+        yield GIT, source.git
     if spec.storage.uri is not None:
         yield "spec.storage.uri", spec.storage.uri
 
@@ -54,7 +65,7 @@ def uris(spec: FineTuneSpec) -> Iterator[tuple[str, str]]:
 def check_uris(spec: FineTuneSpec) -> Iterator[Problem]:
     """Schemes are known where they stand, each URI names what its scheme needs, and Hub fields stand at Hub URIs."""
     for field, uri in uris(spec):
-        yield from _check_uri(field, uri, _STORAGE if field == "spec.storage.uri" else _SOURCES)
+        yield from _check_uri(field, uri, _SCHEMES_OF.get(field, _SOURCES))
     yield from _hub_fields(spec)
 
 
@@ -65,6 +76,12 @@ def _check_uri(field: str, uri: str, allowed: tuple[str, ...]) -> Iterator[Probl
         yield Problem(field, f"{scheme}:// is not known here", f"use one of {listed}", uri)
     elif not SCHEMES[scheme].pattern.fullmatch(rest):
         yield Problem(field, f"is no {scheme}:// URI that can be read", f"write {SCHEMES[scheme].example}", uri)
+    elif _DOTS.search(f"/{unquote(rest)}/"):
+        # Some clients and servers would take them for a way up, out of the folder that an admin allowed.
+        yield Problem(field, "has a part that is . or ..", "write the path without them", uri)
+    elif _UNCLEAR.search(rest):
+        remedy = "write the path without backslashes, control characters and empty parts"
+        yield Problem(field, "has a part that is not read alike everywhere", remedy, uri)
 
 
 def _hub_fields(spec: FineTuneSpec) -> Iterator[Problem]:
@@ -74,9 +91,9 @@ def _hub_fields(spec: FineTuneSpec) -> Iterator[Problem]:
     if spec.data is None:
         return
     train, held_out = spec.data.train, spec.data.eval
-    sources: list[tuple[str, str, DatasetSource | EvalSource]] = []
-    if train is not None:
-        sources.append(("spec.data.train", train.uri, train))
+    sources: list[tuple[str, str, DatasetSource | EvalSource]] = [
+        (field, source.uri, source) for field, source in spec.data.sources()
+    ]
     if held_out is not None and (uri := held_out.uri or (train.uri if train else None)):
         sources.append(("spec.data.eval", uri, held_out))
     for field, uri, source in sources:

@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 from dsft_api.base import QUANTITY_PATTERN, ApiModel
 from dsft_api.problem import Path
 from dsft_api.resource import DeepSpeedFineTune
+from dsft_api.spec.identity import TARGETS_PATTERN
 
 _NAME = "lower-case letters, digits and '-', starting and ending with a letter or digit"
 
@@ -24,13 +25,27 @@ PATTERNS: dict[str, tuple[str, str]] = {
     r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$": ("is no valid name", f"use {_NAME}"),
     r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$": ("is no valid name of a Kubernetes object", f"use {_NAME}; '.' is allowed"),
     r"^[a-z][a-z0-9+.-]*://.+$": ("is no URI", "write SCHEME://PLACE, such as hf://ORG/NAME or s3://BUCKET/PATH"),
-    r"^https?://[^/@]+(/.*)?$": ("is no endpoint", "write https://HOST:PORT, without user name and password"),
+    r"^https?://[^/@$\s]+(/[^$\s]*)?$": ("is no endpoint", "write https://HOST:PORT, without user name and password"),
+    r"^https?://[^/@$\s]+/[^?#$\s]+$": (
+        "is no URL of a Git repository",
+        "write https://HOST/PATH, without user name and password",
+    ),
+    r"^[a-zA-Z0-9-]+$": ("is no region", "write a name such as eu-central-1"),
+    r"^[-._a-zA-Z0-9]+$": ("is no key of a Secret or ConfigMap", "use letters, digits, '-', '_' and '.'"),
+    r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$": ("is no name of a repository on the Hub", "write ORG/NAME"),
     r"^/.+": ("is no absolute path", "write /FOLDER"),
     r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$": ("names no function", "write MODULE:FUNCTION, such as my_package.train:main"),
+    r"^(s3|file)://.+\.(tar\.gz|tgz|zip)$": (
+        "is no archive in storage",
+        "write s3://BUCKET/PATH or file:///PATH of a .tar.gz, .tgz or .zip",
+    ),
+    r"^sha256:[0-9a-f]{64}$": ("is no digest", "write sha256: and the 64 digits that sha256sum tells"),
+    r"^[0-9a-f]{40}$": ("is no id of a commit", "write the 40 digits that git rev-parse tells"),
     r"^[A-Za-z_][A-Za-z0-9_]*$": (
         "is no valid name of an environment variable",
         "use letters, digits and '_', not starting with a digit",
     ),
+    TARGETS_PATTERN: ("names no modules", "write all-linear, or names separated by commas, such as q_proj,v_proj"),
     QUANTITY_PATTERN: ("is no Kubernetes quantity", "write a number with a unit, such as 8, 500m or 64Gi"),
 }
 

@@ -1,4 +1,4 @@
-"""The `dsft` command (also `kubectl dsft`): run, validate, status, ls here; get, watch, logs, suspend, resume on a cluster."""
+"""The `dsft` command (also `kubectl dsft`): plan, preflight, run, validate, status, ls here; others on a cluster."""
 
 import sys
 from pathlib import Path
@@ -15,9 +15,10 @@ from dsft_api.not_supported import cluster_only
 from dsft_api.problem import ManifestError, Problem
 from dsft_api.resource import DeepSpeedFineTune
 from dsft_api.status import FineTuneStatus
-from dsft_cli import cluster_commands
+from dsft_cli import cluster_commands, planning
 from dsft_cli.devices import Machine, ranks_here, this_machine
 from dsft_cli.follow import follow, read_status, settle_status
+from dsft_cli.local_preflight import look_ahead
 from dsft_cli.local_run import LocalRun, find_run, has_ended, is_running, job_for, runs_folder, trainer_environment
 from dsft_cli.output import Format, document, err, out, refuse
 from dsft_cli.view import View, checkpoint_line, size, usage_line
@@ -107,6 +108,63 @@ def validate(filename: FileOption, output: OutputOption = Format.TEXT) -> None:
 
 
 @app.command()
+def plan(
+    filename: FileOption,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Ranks on this machine. Default: the pools of the manifest.")
+    ] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="Memory of a GPU, such as 80Gi. Default: by nodeSelector nvidia.com/gpu.product.")
+    ] = None,
+    storage_rate: Annotated[
+        str, typer.Option(help="Bytes per second that a node uploads, such as 2G; for the time of a checkpoint.")
+    ] = "500M",
+    most_rows: Annotated[
+        int, typer.Option(min=1, help="Rows to tokenise; of longer data, so many from all over it.")
+    ] = 100_000,
+    output: OutputOption = Format.TEXT,
+) -> None:
+    """Show what a manifest's run will need, before anything starts: memory, steps, tokens, checkpoints, and what will not fit.
+
+    Reads the model's config and the data, never the weights. Exit code 2 if something will not fit.
+    """
+    try:
+        resource = _read(filename)
+        machine = this_machine()
+        place = planning.place_of(
+            resource.spec, machine, workers=workers, gpu_memory=gpu_memory, storage_rate=storage_rate, source=filename
+        )
+        planned = planning.plan(resource, place, filename, most_rows=most_rows)
+    except ManifestError as error:
+        raise typer.Exit(refuse(error, output)) from error
+    if output is Format.TEXT:
+        planning.show(planned, resource.metadata.name, place.device)
+    else:
+        document(planned.to_wire(), output)
+    raise typer.Exit(ExitCode.BAD_INPUT if planned.problems else ExitCode.OK)
+
+
+@app.command()
+def preflight(
+    filename: FileOption,
+    workers: Annotated[int | None, typer.Option(min=1, help="Ranks, as of `dsft run`.")] = None,
+    output: OutputOption = Format.TEXT,
+) -> None:
+    """Look for what a run of the manifest would find missing here: storage, model, data, one sample, disk. Starts no ranks.
+
+    Exit codes: 0 nothing found, 2 bad manifest or data, 3 no access.
+    """
+    try:
+        resource = _read(filename)
+        environment = trainer_environment(resource, filename, _environment())
+        local = _find(resource)
+        job = job_for(local, ranks_here(resource.spec, this_machine(), workers), filename)
+    except ManifestError as error:
+        raise typer.Exit(refuse(error, output)) from error
+    raise typer.Exit(look_ahead(job, environment, output))
+
+
+@app.command()
 def status(filename: FileOption, output: OutputOption = Format.TEXT) -> None:
     """Show how far the manifest's run on this machine is."""
     try:
@@ -128,12 +186,16 @@ def list_commits(
     output: OutputOption = Format.TEXT,
 ) -> None:
     """List the committed checkpoints of a run: those that a resume would choose from, oldest first."""
+    from dsft_trainer.checkpoint.commits import Commit
     from dsft_trainer.checkpoint.listing import read_commits
+    from dsft_trainer.checkpoint.ray_book import read_ledger
     from dsft_trainer.checkpoint.store import open_store
     from dsft_trainer.errors import TrainerError
 
     try:
-        commits = read_commits(open_store(uri, endpoint_url=endpoint_url, region=region))
+        store = open_store(uri, endpoint_url=endpoint_url, region=region)
+        ledger = read_ledger(store)
+        commits = ledger.checkpoints if ledger is not None else read_commits(store)
     except TrainerError as error:
         err.print(escape(str(error)), style="red", highlight=False)
         raise typer.Exit(error.exit_code) from error
@@ -144,7 +206,7 @@ def list_commits(
     for commit in commits:
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in commit.metrics.items())
         table.add_row(
-            commit.name,
+            commit.name if isinstance(commit, Commit) else commit.uri.rpartition("/")[2],
             str(commit.step),
             f"{commit.epoch:.2f}",
             str(commit.world_size),

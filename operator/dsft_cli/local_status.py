@@ -46,6 +46,7 @@ def status_of(
         resolved=_resolved(progress, previous, storage_prefix),
         attempt=progress.attempt,
         progress=progress.progress or (previous.progress if previous else None),
+        interconnect=progress.interconnect or (previous.interconnect if previous else None),
         evaluation=progress.evaluation or (previous.evaluation if previous else None),
         checkpoints=progress.checkpoints or (previous.checkpoints if previous else None),
         output=progress.output,

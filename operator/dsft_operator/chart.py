@@ -1,4 +1,4 @@
-"""What of the Helm chart is derived from the code: the CRD, the rights, the schema of its values, the table in its README.
+"""What of the Helm chart is derived from the code (CRD, rights, schema and table of its values), and the settings' page.
 
 `python -m dsft_operator.chart` writes these files; `--check` only says whether they are fresh. values.yaml and the other
 templates are written by hand; a test holds values.yaml against `Values`.
@@ -7,7 +7,7 @@ templates are written by hand; a test holds values.yaml against `Values`.
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -18,6 +18,7 @@ from dsft_api.base import ApiModel, ObjectName
 from dsft_operator.config import OperatorConfig
 from dsft_operator.dashboard import dashboard
 from dsft_operator.install import CLUSTER_RIGHTS, OWN_RIGHTS, RIGHTS, ROOT_KEY_RIGHT, Right
+from dsft_operator.settings_page import settings_page, table_of
 
 Json = dict[str, Any]
 
@@ -235,7 +236,8 @@ def rights_template() -> str:
     parts = {
         "dsft.runRights": RIGHTS,
         "dsft.clusterRights": CLUSTER_RIGHTS,
-        "dsft.ownRights": (*OWN_RIGHTS, ROOT_KEY_RIGHT),
+        "dsft.ownRights": OWN_RIGHTS,
+        "dsft.rootKeyRight": (ROOT_KEY_RIGHT,),
     }
     return f"{{{{- /* {_NOTICE} */ -}}}}\n" + "\n".join(_rules(name, rights) for name, rights in parts.items())
 
@@ -274,18 +276,7 @@ metadata:
 
 def values_table() -> str:
     """Each value, its default and what it is, as Markdown."""
-    rows = [f"| `{path}` | `{json.dumps(default)}` | {words} |" for path, default, words in _values(Values(), ())]
-    return "\n".join(["| Value | Default | |", "|---|---|---|", *rows])
-
-
-def _values(part: ApiModel, path: tuple[str, ...]) -> Iterator[tuple[str, Any, str]]:
-    wire = part.model_dump(mode="json", by_alias=True)
-    for name, field in type(part).model_fields.items():
-        key, value = field.alias or name, getattr(part, name)
-        if isinstance(value, ApiModel):
-            yield from _values(value, (*path, key))
-        else:
-            yield ".".join((*path, key)), wire[key], field.description or ""
+    return f"| Value | Default | |\n|---|---|---|\n{table_of(Values())}"
 
 
 README = """\
@@ -327,6 +318,7 @@ def generated_files(repository: Path) -> dict[str, str]:
         f"{CHART}/templates/_rights.tpl": rights_template(),
         f"{CHART}/values.schema.json": json.dumps(values_schema(), indent=1) + "\n",
         f"{CHART}/files/dashboard.json": json.dumps(dashboard(), indent=1) + "\n",
+        "docs/reference/settings.md": settings_page(_NOTICE),
         f"{CHART}/README.md": README.format(notice=_NOTICE, table=values_table()),
     }
 

@@ -10,8 +10,9 @@ from typing import Annotated, Literal, Self, cast
 import yaml
 from pydantic import Field, model_validator
 
-from dsft_api.base import ApiModel, DnsLabel, ObjectName, Uri
+from dsft_api.base import ApiModel, DnsLabel, FreeForm, ListMap, ObjectName, Quantity, Uri
 from dsft_api.spec.placement import ImageSpec, StorageSpec
+from dsft_operator.tenant_policy import TenantPolicy
 
 CONFIG_ENV = "DSFT_CONFIG"
 DEFAULT_FILE = Path("/etc/dsft/config.yaml")
@@ -71,6 +72,38 @@ class LeaderElection(ApiModel):
         return self
 
 
+class Interconnect(ApiModel):
+    """A kind of network between workers, and what their pods need for it. All of it is the admin's word: no policy judges it."""
+
+    model_config = ApiModel.model_config | {"extra": "forbid"}
+
+    name: DnsLabel = Field(description="What spec.execution.interconnect.profile names.")
+    env: Annotated[dict[str, str], Field(max_length=64)] = Field(
+        default_factory=dict[str, str], description="Variables of the trainer, unless the run sets them: NCCL_*, FI_*."
+    )
+    resources: Annotated[dict[str, Quantity], Field(max_length=16)] = Field(
+        default_factory=dict[str, "int | str"], description="Devices of each pod, such as `vpc.amazonaws.com/efa: 32`."
+    )
+    annotations: Annotated[dict[str, str], Field(max_length=16)] = Field(
+        default_factory=dict[str, str], description="Annotations of each pod, such as those of Multus."
+    )
+    volumes: Annotated[tuple[FreeForm, ...], Field(max_length=16)] = Field(
+        default=(), description="Volumes, as in a pod."
+    )
+    volume_mounts: Annotated[tuple[FreeForm, ...], Field(max_length=16)] = Field(
+        default=(), description="Mounts of the trainer, as in a container."
+    )
+    sidecars: Annotated[tuple[FreeForm, ...], Field(max_length=4)] = Field(
+        default=(), description="Containers beside the trainer, as in a pod: a daemon of the network."
+    )
+    min_all_gather_gbps: float | None = Field(
+        default=None,
+        gt=0,
+        alias="minAllGatherGBps",
+        description="Least rate, unless the run names one: below it, it ends as SlowInterconnect.",
+    )
+
+
 class OperatorConfig(ApiModel):
     """Settings of one operator."""
 
@@ -83,8 +116,17 @@ class OperatorConfig(ApiModel):
         default=(), description="Namespaces to serve. Empty: all."
     )
     image: ImageSpec = Field(default_factory=ImageSpec, description="Default trainer image, pull policy and secrets.")
+    monitoring_namespaces: Annotated[tuple[DnsLabel, ...], Field(max_length=16)] = Field(
+        default=(), description="Namespaces whose pods may read Ray's metrics, port 8080: that of Prometheus."
+    )
     gpu_resource: str = Field(default="nvidia.com/gpu", max_length=253, description="Resource name of a GPU.")
     storage: StorageDefaults = Field(default_factory=StorageDefaults, description="Default storage.")
+    policies: Annotated[tuple[TenantPolicy, ...], Field(max_length=256)] = Field(
+        default=(), description="What runs may ask for: the first row whose namespaces match."
+    )
+    interconnects: Annotated[tuple[Interconnect, ...], Field(max_length=16), ListMap()] = Field(
+        default=(), description="Networks between workers, by the names that runs use. Without a row there is `tcp`."
+    )
     root_key_secret: ObjectName = Field(
         default="dsft-root-key", description="Secret in the operator's namespace that Ray tokens are derived from."
     )

@@ -60,7 +60,8 @@ RIGHTS = (
     Right(GROUP, f"{PLURAL}/status", ("patch",), "write what has become of a run"),
     Right(GROUP, f"{PLURAL}/finalizers", ("update",), "own a RayCluster, blocking its owner's deletion"),
     Right("ray.io", "rayclusters", ("get", "list", "watch", "create", "delete"), "one for each run"),
-    Right("", "pods", ("get", "list", "watch"), "why a pod does not start, how a container ended"),
+    Right("batch", "jobs", ("get", "create", "delete"), "the look before a RayCluster is made"),
+    Right("", "pods", ("list", "watch"), "why a pod does not start, how a container ended"),
     Right("", "events", ("list", "create"), "why KubeRay or the kubelet says no; tell about a run"),
     Right("", "secrets", ("create",), "the Ray token of a cluster; never read"),
     Right("networking.k8s.io", "networkpolicies", ("create",), "close a run's Ray to others"),
@@ -76,7 +77,7 @@ OWN_RIGHTS = (
     Right("coordination.k8s.io", "leases", ("get", "update"), "which replica acts", _LEASE),
     Right("coordination.k8s.io", "leases", ("create",), "make that Lease, once"),
 )
-# There too. One that serves all namespaces may do so anyway.
+# There too, of one that serves named namespaces. One that serves all may do so anyway.
 ROOT_KEY_RIGHT = Right("", "secrets", ("create",), "make that root key, once")
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 from dsft_api.progress import Progress
 from dsft_api.status import FineTuneStatus
 from dsft_operator.core.decision import SubmitJob
-from dsft_operator.core.observed import Cluster, Head, Pod, Queueing, RayJob, Run, Unknown, Warned
+from dsft_operator.core.observed import Cluster, Head, Pod, PreflightJob, Queueing, RayJob, Run, Unknown, Warned
 
 Manifest = dict[str, Any]
 
@@ -25,6 +25,10 @@ class Conflict(Exception):  # noqa: N818  not an error: somebody else was first
 
 class KubeError(Exception):
     """The API server refused or did not answer; the message is fit for a user."""
+
+
+class Refused(KubeError):  # noqa: N818  an answer
+    """A definite answer of the API server: no right to it, or a policy against it. Asked again, it says the same."""
 
 
 class Kube(Protocol):
@@ -47,6 +51,10 @@ class Kube(Protocol):
         Raises:
             KubeRayMissing: the API server does not know RayClusters.
         """
+        ...
+
+    async def preflight(self, key: Key, name: str, run_uid: str) -> PreflightJob | None:
+        """The preflight's Job of that name, with its pod; None if there is none. Raises Refused too."""
         ...
 
     async def pods(self, key: Key, cluster: str) -> tuple[Pod, ...]:
@@ -79,6 +87,10 @@ class Kube(Protocol):
 
     async def delete_cluster(self, key: Key, name: str, uid: str) -> None:
         """Delete the RayCluster if it has this uid; one that is gone is success."""
+        ...
+
+    async def delete_job(self, key: Key, name: str, uid: str) -> None:
+        """Delete the preflight's Job if it has this uid; one that is gone is success. Raises Refused too."""
         ...
 
     async def set_finalizer(self, run: Run, *, present: bool) -> str:

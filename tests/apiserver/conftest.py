@@ -1,8 +1,10 @@
 """A real API server for the session: etcd and kube-apiserver, no kubelet, with our CRDs and KubeRay's."""
 
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 from kubernetes.config import new_client_from_config
@@ -11,7 +13,8 @@ from dsft_operator.install import FILE, NAME, NAMESPACE
 from tests.apiserver.fake_head import FakeHead
 from tests.apiserver.scene import ROOT, Operator, Scene
 from tests.apiserver.server import ApiServer, Runs
-from tests.cluster.build import HELM, kubernetes
+from tests.cluster.before_tests import make_before
+from tests.cluster.build import GITOPS, HELM, KUEUE, kubernetes
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.crds import our_crds, raycluster_crd
 from tests.cluster.kuberay.controller import Standin
@@ -22,13 +25,14 @@ HERE = Path(__file__).resolve().parent
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Build the server, and Helm, before the first test: minutes, where a fixture would run into the timeout of its test."""
-    if session.config.option.collectonly or not any(HERE in item.path.parents for item in session.items):
-        return
-    capture = session.config.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled():
+    def build() -> None:
         kubernetes()
         HELM.built()
+        GITOPS.built()
+        if any(item.path.name == "test_kueue.py" for item in session.items):
+            KUEUE.built()
+
+    make_before(session, HERE, build)
 
 
 @pytest.fixture(scope="session")
@@ -42,8 +46,10 @@ def api_server() -> Iterator[ApiServer]:
 
 @pytest.fixture(scope="session")
 def garbage_collector(api_server: ApiServer) -> Process:
-    """Deletes what a deleted object owned, and namespaces."""
-    return api_server.plane.start_controller_manager("garbage-collector-controller", "namespace-controller")
+    """Deletes what a deleted object owned, and namespaces; and makes the pods of Jobs."""
+    return api_server.plane.start_controller_manager(
+        "garbage-collector-controller", "namespace-controller", "job-controller"
+    )
 
 
 @pytest.fixture
@@ -58,7 +64,7 @@ def runs(api_server: ApiServer, namespace: str) -> Runs:
 
 @pytest.fixture(scope="module")
 def kuberay(api_server: ApiServer, garbage_collector: Process) -> Iterator[None]:
-    controller = Standin(new_client_from_config(str(api_server.kubeconfig)), mark_ready=lambda _: True)
+    controller = Standin(new_client_from_config(str(api_server.kubeconfig)), mark_ready=lambda _: "127.0.0.1")
     thread = threading.Thread(target=controller.run, daemon=True)
     thread.start()
     yield
@@ -82,3 +88,15 @@ def scene(api_server: ApiServer, operator_account: Path, runs: Runs, tmp_path: P
     if operator.process is not None:
         operator.kill()
     head.stop()
+
+
+@pytest.fixture
+def metrics(scene: Scene) -> Callable[[], str]:
+    """What the operator of the scene tells Prometheus."""
+
+    def scrape() -> str:
+        (port,) = re.findall(r'"msg": "serving", "url": "http://\S+:(\d+)"', scene.operator.log_file.read_text())
+        with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            return answer.read().decode()
+
+    return scrape

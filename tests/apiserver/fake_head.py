@@ -31,6 +31,7 @@ class FakeHead:
     bodies: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     posts: list[str] = field(default_factory=list[str])
     authorizations: set[str] = field(default_factory=set[str])
+    paths: set[str] = field(default_factory=set[str])
     progress: Progress | None = None
     step: int = 0
     hold: bool = False
@@ -41,20 +42,22 @@ class FakeHead:
     lock: threading.Lock = field(default_factory=threading.Lock)
     server: ThreadingHTTPServer | None = None
 
-    def start(self) -> int:
-        """Serve on a free port of loopback; the port."""
+    def start(self, address: str = "127.0.0.1", port: int = 0) -> int:
+        """Serve on a port of loopback, by default a free one; the port."""
         head = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 with head.lock:
                     head.authorizations.add(self.headers.get("Authorization", ""))
+                    head.paths.add(self.path)
                     self._answer(*head.get(self.path))
 
             def do_POST(self) -> None:
                 length = int(self.headers.get("Content-Length") or 0)
                 body = json.loads(self.rfile.read(length) or b"{}")
                 with head.lock:
+                    head.paths.add(self.path)
                     self._answer(*head.post(self.path, body))
 
             def _answer(self, status: int, content: str) -> None:
@@ -67,7 +70,7 @@ class FakeHead:
             def log_message(self, *_: object) -> None:
                 return
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer((address, port), Handler)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         return self.server.server_port
 

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,23 @@ class Operator:
 
     def log(self) -> str:
         return self.log_file.read_text()[-6000:]
+
+
+def a_worker(api: ApiServer, namespace: str) -> str:
+    """The name of a worker pod."""
+    pods = CoreV1Api(api.client).list_namespaced_pod(namespace, label_selector="ray.io/node-type=worker")
+    return pods.items[0].metadata.name
+
+
+def kill(api: ApiServer, namespace: str, pod: str, message: str = "") -> None:
+    """The pod ends as one that had too little memory, and is gone, as by KubeRay."""
+    core = CoreV1Api(api.client)
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    end = {"reason": "OOMKilled", "exitCode": 137, "finishedAt": now, "startedAt": now, "message": message}
+    image = {"image": "x", "imageID": "", "ready": False, "restartCount": 0}
+    ended = {"name": "ray-worker", "state": {"terminated": end}, **image}
+    core.patch_namespaced_pod_status(pod, namespace, {"status": {"containerStatuses": [ended]}})
+    core.delete_namespaced_pod(pod, namespace, grace_period_seconds=0)
 
 
 @dataclass

@@ -46,9 +46,9 @@ class ApiServer:
         """Of a user with all rights."""
         return self.plane.admin
 
-    def make_namespace(self) -> str:
-        """Make a namespace that nobody else uses. Pods may be created in it. It goes with the server."""
-        name = f"test-{uuid4().hex[:12]}"
+    def make_namespace(self, name: str | None = None) -> str:
+        """Make a namespace, of this name or one that nobody else uses. Pods may be created in it. It goes with the server."""
+        name = name or f"test-{uuid4().hex[:12]}"
         core = CoreV1Api(self.client)
         core.create_namespace(V1Namespace(metadata=V1ObjectMeta(name=name)))
         try:

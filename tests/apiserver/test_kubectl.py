@@ -50,7 +50,7 @@ def test_explain(kubectl):
     text = kubectl("explain", "dsft.spec.training")
     assert "GROUP:      dsft.dev" in text
     assert "globalBatchSize\t<integer> -required-" in text
-    assert "Samples per optimizer step over all ranks." in " ".join(text.split())
+    assert "Samples per optimizer step over all ranks:" in " ".join(text.split())
     assert "ENUM: bf16 fp16 fp32" in " ".join(kubectl("explain", "dsft.spec.training.precision").split())
 
 

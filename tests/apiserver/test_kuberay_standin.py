@@ -89,7 +89,7 @@ def ray_cluster(namespace: str, **spec: Any) -> Object:
 @pytest.fixture(scope="module")
 def standin(api_server: ApiServer) -> Iterator[Api]:
     client = new_client_from_config(str(api_server.kubeconfig))
-    controller = Standin(client, mark_ready=lambda pod: True)
+    controller = Standin(client, mark_ready=lambda _: "127.0.0.1")
     thread = threading.Thread(target=controller.run, daemon=True)
     thread.start()
     yield Api(client)

@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from urllib.request import urlopen
 
 import pytest
 
@@ -31,18 +30,6 @@ def training(uid: str) -> Progress:
     return first.model_copy(
         update={"run_uid": uid, "progress": progress, "checkpoints": checkpoints, "spent": spent, "updated_at": now}
     )
-
-
-@pytest.fixture
-def metrics(scene: Scene) -> Callable[[], str]:
-    """What the operator of the scene tells."""
-
-    def scrape() -> str:
-        (port,) = re.findall(r'"msg": "serving", "url": "http://\S+:(\d+)"', scene.operator.log_file.read_text())
-        with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-            return answer.read().decode()
-
-    return scrape
 
 
 def names(text: str) -> set[str]:

@@ -3,13 +3,12 @@
 import base64
 import random
 import threading
-from datetime import UTC, datetime
 
 import pytest
 import yaml
 from kubernetes.client import CoreV1Api, CustomObjectsApi
 
-from tests.apiserver.scene import Scene
+from tests.apiserver.scene import Scene, a_worker, kill
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -93,14 +92,8 @@ def test_how_a_pod_ended_is_kept_though_the_pod_is_gone(scene: Scene, kuberay: N
     scene.operator.start()
     scene.apply()
     scene.until("running", lambda: (scene.status().get("job") or {}).get("state") == "RUNNING")
-    core, namespace = CoreV1Api(scene.api.client), scene.runs.namespace
-    pod = core.list_namespaced_pod(namespace, label_selector="ray.io/node-type=worker").items[0].metadata.name
-    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    end = {"reason": "OOMKilled", "exitCode": 137, "finishedAt": now, "startedAt": now, "message": "step 7"}
-    image = {"image": "x", "imageID": "", "ready": False, "restartCount": 0}
-    ended = {"name": "ray-worker", "state": {"terminated": end}, **image}
-    core.patch_namespaced_pod_status(pod, namespace, {"status": {"containerStatuses": [ended]}})
-    core.delete_namespaced_pod(pod, namespace, grace_period_seconds=0)
+    pod = a_worker(scene.api, scene.runs.namespace)
+    kill(scene.api, scene.runs.namespace, pod, "step 7")
     with scene.head.lock:
         scene.head.jobs = dict.fromkeys(scene.head.jobs, "FAILED")
     scene.until("ended", lambda: scene.status()["attempts"][0].get("endTime"))
@@ -159,9 +152,9 @@ def test_somebody_elses_cluster_is_left_alone(scene: Scene, kuberay: None) -> No
 
 def test_what_is_not_built_is_refused_by_name(scene: Scene, kuberay: None) -> None:
     scene.operator.start()
-    scene.apply(tracking={"wandb": {"project": "p"}})
+    scene.apply(deepspeed={"offload": {"params": "cpu"}})
     scene.until("refused", lambda: scene.condition("Accepted").get("status") == "False")
     assert scene.condition("Accepted")["reason"] == "NotSupported"
-    assert "spec.tracking.wandb" in scene.status()["message"]
+    assert "spec.deepspeed.offload.params" in scene.status()["message"]
     assert scene.condition("Stalled")["status"] == "True"
     assert scene.clusters() == []

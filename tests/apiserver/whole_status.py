@@ -29,6 +29,8 @@ WHOLE: dict[str, Any] = {
     "specHash": "sha256:1",
     "resolved": {"image": "r/t@sha256:2", "contract": 1, "modelRevision": "abc", "storagePrefix": "s3://b/p"},
     "attempt": 2,
+    "preflight": {"job": "chat-12345-preflight-0", "startTime": TIME, "endTime": TIME},
+    "interconnect": {"allGatherGBps": 91.5, "ranks": 16},
     "rayCluster": {"name": "chat-12345", "uid": "u", "incarnation": 1, "session": "session_1"},
     "job": {"submissionId": "12345678-a2", "state": "RUNNING"},
     "progress": {"step": 210, "totalSteps": 400, "epoch": 0.52, "percent": 52.5, "loss": 1.5, "learningRate": 1e-05},

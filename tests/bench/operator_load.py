@@ -177,6 +177,12 @@ class OperatorProcess:
         }
         self.process = Process.start(self.folder, "operator", [sys.executable, "-m", "dsft_operator"], env=env)
 
+    def stop(self) -> None:
+        """SIGTERM, as a rollout does: it gives its Lease back. Nothing if it does not run."""
+        if self.process is not None:
+            self.process.stop()
+            self.process = None
+
     def kill(self) -> None:
         """SIGKILL; nothing if it does not run."""
         if self.process is not None:

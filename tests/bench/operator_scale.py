@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -122,7 +122,8 @@ class Bench:
         await self.singles()
         await self.burst()
         await self.run_all()
-        await self.restart()
+        await self.restart("SIGTERM", self.operator.stop)
+        await self.restart("SIGKILL", self.operator.kill)
         await self.grow()
 
     def note(self, *figure: Any) -> None:
@@ -228,12 +229,12 @@ class Bench:
         self.note(f"head ready to the first status that says so, {len(names)} at once, p99", told, "ms", 1000, "O4")
         self.note(f"head ready to job running in status, {len(names)} at once, p99", running, "ms", 1000, "O3")
 
-    async def restart(self) -> None:
-        """Killed and started anew while all run: nothing is written."""
+    async def restart(self, how: str, end: Callable[[], None]) -> None:
+        """Ended and started anew while all run: nothing is written. A killed one leaves a Lease that must first run out."""
         total = len(self.watch.runs)
         await self._calm()
         before, requests = await self._versions(), await self.api.requests()
-        self.operator.kill()
+        end()
         self.operator.start()
 
         async def observed() -> bool:
@@ -246,9 +247,9 @@ class Bench:
         written = sum(number for (verb, _), number in after.items() if verb in WRITES)
         versions = await self._versions()
         changed = sum(versions.get(key) != before.get(key) for key in versions.keys() | before.keys())
-        self.note(f"restart with {total} running: start to all observed", seconds, "s", 5, "O5")
-        self.note("restart: writes that the API server was asked for", written, "", 0, "O5")
-        self.note("restart: resources and RayClusters that changed", changed, "", 0, "O5")
+        self.note(f"restart with {total} running, after {how}: start to all observed", seconds, "s", 5, "O5")
+        self.note(f"restart after {how}: writes that the API server was asked for", written, "", 0, "O5")
+        self.note(f"restart after {how}: resources and RayClusters that changed", changed, "", 0, "O5")
 
     async def grow(self) -> None:
         """Memory with many. What one more resource takes is seen within one life of the process, between few and many."""

@@ -1,5 +1,6 @@
 """The chart, rendered by the real Helm."""
 
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 from dsft_operator.chart import CHART, REPOSITORY
+from tests.cluster.before_tests import make_before
 from tests.cluster.build import HELM, HELM_3, HELM_UNITTEST, PROMTOOL
 from tests.cluster.helm_command import helm as run_helm
 
@@ -16,18 +18,13 @@ HERE = Path(__file__).resolve().parent
 FOLDER = REPOSITORY / CHART
 CI = sorted((FOLDER / "ci").glob("*.yaml"))
 MINIMAL = FOLDER / "ci" / "minimal-values.yaml"
+UMBRELLA = "examples/gitops/helm-umbrella"
 
 Document = dict[str, Any]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Build Helm before the first test: minutes, where a fixture would run into the timeout of its test."""
-    if session.config.option.collectonly or not any(HERE in item.path.parents for item in session.items):
-        return
-    capture = session.config.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled():
-        for program in (HELM, HELM_3, PROMTOOL, HELM_UNITTEST):
-            program.built()
+    make_before(session, HERE, lambda: [program.built() for program in (HELM, HELM_3, PROMTOOL, HELM_UNITTEST)])
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,14 @@ class Helm:
         done = self.template(**settings)
         assert done.returncode != 0, done.stdout
         return done.stderr
+
+    def umbrella(self) -> Path:
+        """The example of a chart that has ours as its dependency, with that dependency in it."""
+        for chart in (CHART, UMBRELLA):
+            shutil.copytree(REPOSITORY / chart, self.folder / chart)
+        done = self("dependency", "build", str(self.folder / UMBRELLA))
+        assert done.returncode == 0, done.stderr
+        return self.folder / UMBRELLA
 
     def template(self, *values: Path, **settings: Any) -> "subprocess.CompletedProcess[str]":
         """`helm template`, with the files one upon the other; the minimal values if there are none."""

@@ -10,7 +10,7 @@ import yaml
 from dsft_operator.chart import CRD, REPOSITORY
 from dsft_operator.config import OperatorConfig
 from dsft_operator.dashboard import dashboard
-from dsft_operator.install import manifests
+from dsft_operator.install import ROOT_KEY_RIGHT, manifests
 from tests.charts.conftest import CI, FOLDER, MINIMAL, Document, Helm, kinds, one
 
 FULL = FOLDER / "ci" / "full-values.yaml"
@@ -72,8 +72,7 @@ def test_the_rights_are_those_of_the_table(helm: Helm) -> None:
         else rule
         for rule in own
     ]
-    assert named[: len(plain_own)] == plain_own
-    assert len(own) == len(plain_own) + 1, "it may make the root key, which the plain one may in all namespaces"
+    assert named == plain_own
 
 
 def test_with_namespaces_there_is_no_right_of_the_whole_cluster(helm: Helm) -> None:
@@ -87,6 +86,7 @@ def test_with_namespaces_there_is_no_right_of_the_whole_cluster(helm: Helm) -> N
     }
     rules = roles["team-a", "dsft-dsft-operator-runs"]["rules"]
     assert not [rule for rule in rules if "nodes" in rule["resources"]]
+    assert ROOT_KEY_RIGHT.to_rule() in roles["dsft-system", "dsft-dsft-operator"]["rules"]
     subjects = [s for d in made if d["kind"] == "RoleBinding" for s in d["subjects"]]
     assert {(s["name"], s["namespace"]) for s in subjects} == {("dsft-dsft-operator", "dsft-system")}
 

@@ -102,7 +102,10 @@ IN_THE_MANIFEST = {
         {"spec.program": {"entrypoint": "a:b"}, "spec.model": None, "spec.data": None, "spec.training": None},
         ("spec.checkpoint.everySteps", "has no effect with spec.program", "use spec.program.config"),
     ),
-    "LoRA": Mistake({"spec.training.lora": {}}, ("spec.training.lora", "LoRA is not built yet", "remove it")),
+    "targets of LoRA": Mistake(
+        {"spec.training.lora": {"targetModules": "q_proj v_proj"}},
+        ("spec.training.lora.targetModules", "names no modules", "separated by commas"),
+    ),
     "offload": Mistake(
         {"spec.deepspeed.offload": {"params": "cpu"}},
         ("spec.deepspeed.offload.params", "is not built yet", "write none"),

@@ -44,7 +44,12 @@ def manifest(model: Path, rows: Path) -> dict[str, Any]:
     return classifier(
         model,
         rows,
-        **{"spec.training.maxSteps": STEPS, "spec.checkpoint.everySteps": 15, "spec.evaluation.everySteps": 20},
+        **{
+            "spec.execution.interconnect": {"minAllGatherGBps": 1e-6},
+            "spec.training.maxSteps": STEPS,
+            "spec.checkpoint.everySteps": 15,
+            "spec.evaluation.everySteps": 20,
+        },
     )
 
 
@@ -86,6 +91,9 @@ class TestFinished:
         assert status.progress is not None
         assert status.progress.step == status.progress.total_steps == STEPS
         assert [(attempt.number, attempt.to_step, attempt.exit_code) for attempt in status.attempts] == [(1, STEPS, 0)]
+        assert status.interconnect is not None
+        assert status.interconnect.ranks == 2
+        assert status.interconnect.all_gather_gbps > 0
         assert status.output is not None
         assert status.output.uri == f"{run.path.as_uri()}/export"
         schema = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"]

@@ -23,8 +23,8 @@ from tests.cluster.processes import dies_with_us
 
 HERE = Path(__file__).resolve().parent
 KUBERNETES = "1.34.4"
-# The `go` lines of Kubernetes and CoreDNS ask for no newer one.
-OLDEST_GO = (1, 25)
+# The `go` lines of Helm, Flux and Kueue ask for no newer one.
+OLDEST_GO = (1, 26)
 BUILD_SECONDS = 3600.0
 
 
@@ -32,7 +32,8 @@ BUILD_SECONDS = 3600.0
 class GoProgram:
     """A main package in a folder of ours, with a go.sum of its own; or the module's own `package`.
 
-    `module` names the module and version that it is a thin wrapper of; its go.mod is made from that module's own.
+    `module` names the module and version that it is a thin wrapper of; its go.mod is made from that module's own. `requires`
+    has the versions of what main.go imports besides, and that module does not.
     """
 
     name: str
@@ -44,6 +45,9 @@ class GoProgram:
     variables: Mapping[str, str] = field(default_factory=dict[str, str])
     package: str = "."
     replaces: Mapping[str, str] = field(default_factory=dict[str, str])
+    requires: Mapping[str, str] = field(default_factory=dict[str, str])
+    # A folder of the module that is kept beside the program: its manifests.
+    folder: str = ""
 
     def path(self) -> Path:
         """Where the program is, once it is built."""
@@ -74,6 +78,11 @@ class GoProgram:
         done = folder / "done"
         done.mkdir()
         (folder / self.name).rename(done / self.name)
+        if self.folder:
+            module = Path(_go(folder, "list", "-m", "-f", "{{.Dir}}", self.module))
+            # Not with its modes: what Go keeps is read-only.
+            shutil.copytree(module / self.folder, done / self.folder, copy_function=shutil.copyfile)
+            subprocess.run(["chmod", "-R", "u+w", done], check=True)
         done.rename(target)
         shutil.rmtree(folder)
         _say(f"built {self.name} {self.version} in {time.monotonic() - started:.0f} s: {target / self.name}")
@@ -87,8 +96,9 @@ class GoProgram:
             if go_sum or source.name != "go.sum":
                 shutil.copy(source, folder)
         replaces = [f"replace {old} => {new}\n" for old, new in self.replaces.items()]
+        requires = [f"require {module} {version}\n" for module, version in self.requires.items()]
         own = _go_mod(self.name, f"{self.module}@v{self.version}", folder)
-        (folder / "go.mod").write_text("".join([own, *replaces]))
+        (folder / "go.mod").write_text("".join([own, *requires, *replaces]))
         return folder
 
     def _go_build(self, folder: Path) -> None:
@@ -116,6 +126,10 @@ class GoProgram:
         decides: list[object] = [files, self.version, self.module, self.tags, dict(self.variables)]
         if self.package != ".":
             decides += [self.package, dict(self.replaces)]
+        if self.requires:
+            decides.append(dict(self.requires))
+        if self.folder:
+            decides.append(self.folder)
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -179,12 +193,34 @@ HELM_UNITTEST = GoProgram(
     minutes=1,
     replaces={"github.com/vmware-labs/yaml-jsonpath": "github.com/helm-unittest/yaml-jsonpath v0.4.0"},
 )
+KUEUE = GoProgram(
+    name="kueue",
+    version="0.18.3",
+    sources=HERE / "kueue",
+    module="sigs.k8s.io/kueue",
+    package="sigs.k8s.io/kueue/cmd/kueue",
+    minutes=5,
+    folder="config",
+)
 HELM = GoProgram(
     name="helm",
     version="4.3.1",
     sources=HERE / "helm",
     module="helm.sh/helm/v4",
     minutes=2,
+)
+# What Argo CD's interpreter, kstatus and Flux's evaluator make of a resource, and how Flux applies one.
+GITOPS = GoProgram(
+    name="gitops",
+    version="0.115.0",
+    sources=HERE / "gitops",
+    module="github.com/fluxcd/pkg/runtime",
+    minutes=2,
+    requires={
+        "github.com/fluxcd/pkg/ssa": "v0.78.0",
+        "github.com/yuin/gopher-lua": "v1.1.2",
+        "layeh.com/gopher-json": "v0.0.0-20190114024228-97fed8db8427",
+    },
 )
 
 
@@ -302,7 +338,7 @@ def main() -> None:
     parser.add_argument("--lock", action="store_true", help="write the go.sum files anew instead")
     options = parser.parse_args()
     if options.lock:
-        for program in (CLUSTER, COREDNS, HELM, HELM_3, PROMTOOL, HELM_UNITTEST):
+        for program in (CLUSTER, COREDNS, HELM, HELM_3, PROMTOOL, HELM_UNITTEST, GITOPS, KUEUE):
             program.lock()
     else:
         print(kubernetes(node=options.node))

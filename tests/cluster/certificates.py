@@ -11,11 +11,12 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 LIFETIME = timedelta(days=365)
+_Key = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 
 
 @dataclass(frozen=True)
@@ -86,15 +87,36 @@ class Authority:
         return pair
 
 
+def self_signed(folder: Path, hosts: Iterable[str]) -> KeyPair:
+    """A server's certificate that is its own authority, in a folder: `tls.crt`, `tls.key`. RSA, for who reads no other key."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pair = KeyPair(folder / "tls.crt", folder / "tls.key")
+    key = rsa.generate_private_key(65537, 2048)
+    _write_key(pair.key, key)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test-server")])
+    certificate = (
+        _builder(name, name, key)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([_general_name(host) for host in hosts]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pair.certificate.write_bytes(certificate.public_bytes(Encoding.PEM))
+    return pair
+
+
 def new_key(path: Path) -> ec.EllipticCurvePrivateKey:
     """Make a private key, readable by its owner only."""
     key = ec.generate_private_key(ec.SECP256R1())
-    path.touch(mode=0o600)
-    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.TraditionalOpenSSL, NoEncryption()))
+    _write_key(path, key)
     return key
 
 
-def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+def _write_key(path: Path, key: _Key) -> None:
+    path.touch(mode=0o600)
+    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.TraditionalOpenSSL, NoEncryption()))
+
+
+def _builder(subject: x509.Name, issuer: x509.Name, key: _Key) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
     return (
         x509.CertificateBuilder()

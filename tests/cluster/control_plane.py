@@ -39,6 +39,7 @@ class ControlPlane:
     port: int
     authority: Authority
     stays: bool
+    audited: Sequence[str] = ()
     processes: list[Process] = field(default_factory=list[Process])
 
     @classmethod
@@ -50,6 +51,7 @@ class ControlPlane:
         port: int | None = None,
         program: Path | None = None,
         stays: bool = False,
+        audited: Sequence[str] = (),
     ) -> "ControlPlane":
         """Start etcd and the API server; returns when it is ready, after a few seconds.
 
@@ -59,13 +61,14 @@ class ControlPlane:
             port: by default a free one.
             program: the binary with kube-apiserver; built if need be.
             stays: they outlive us; end them with `processes.end_recorded`.
+            audited: users each of whose requests is a line of `audit_log`.
         """
         program = program or kubernetes()
         end_recorded(folder)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         etcd, peer, api = free_ports(3)
-        plane = cls(folder, host, port or api, Authority.create(folder / "pki"), stays)
+        plane = cls(folder, host, port or api, Authority.create(folder / "pki"), stays, audited)
         try:
             plane._start_etcd(etcd, peer)
             plane._start_api_server(program, etcd)
@@ -83,6 +86,11 @@ class ControlPlane:
     def admin(self) -> Path:
         """A kubeconfig with all rights."""
         return self.kubeconfig("admin", "kubernetes-admin", ["system:masters"])
+
+    @property
+    def audit_log(self) -> Path:
+        """What the audited users asked for and were answered: an audit.k8s.io/v1 Event per line, written before the answer."""
+        return self.folder / "audit.log"
 
     def kubeconfig(self, file_name: str, user: str, groups: Sequence[str] = ()) -> Path:
         """A kubeconfig for any user; made at the first call. RBAC says what the user may do."""
@@ -226,9 +234,20 @@ class ControlPlane:
             f"--kubelet-client-key={to_kubelet.key}",
             # Pods find the server by the endpoints of its Service, which may not be a loopback address.
             f"--endpoint-reconciler-type={'none' if self.host == LOOPBACK else 'lease'}",
+            *self._audit_options(),
         ]
         process = self._start("kube-apiserver", argv)
         process.wait_until(lambda: answers(f"{self.url}/readyz", ca=self.authority.certificate), START_SECONDS)
+
+    def _audit_options(self) -> list[str]:
+        if not self.audited:
+            return []
+        policy = self.folder / "audit-policy.yaml"
+        # Who, what and the answer; no bodies. A watch has no end to be written at: it is written when it begins.
+        rules = [{"level": "Metadata", "users": [*self.audited]}, {"level": "None"}]
+        document = {"apiVersion": "audit.k8s.io/v1", "kind": "Policy", "omitStages": ["RequestReceived"]}
+        policy.write_text(yaml.safe_dump({**document, "rules": rules}))
+        return [f"--audit-policy-file={policy}", f"--audit-log-path={self.audit_log}"]
 
 
 def _kubeconfig(url: str, ca: Path, pair: KeyPair) -> str:

@@ -13,7 +13,8 @@ from kubernetes.client import ApiClient
 from kubernetes.config import new_client_from_config
 
 from dsft_api import PLURAL
-from tests.cluster.build import HELM, PROMTOOL
+from tests.cluster.before_tests import make_before
+from tests.cluster.build import HELM, KUEUE, PROMTOOL
 from tests.cluster.images import Images
 from tests.cluster.kubectl import Kubectl, KubectlError
 from tests.cluster.operator_install import NAMESPACE, Install, tenant_namespace
@@ -56,15 +57,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start and build before the first test: minutes, where a fixture would run into the timeout of its test."""
-    if session.config.option.collectonly or not any(HERE in item.path.parents for item in session.items):
-        return
-    capture = session.config.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled():
+    def start() -> None:
         HELM.built()
         PROMTOOL.built()
-        world = World(in_use(), images_in_use())
-    session.config.stash[_WORLD] = world
+        if any(item.path.name == "test_kueue.py" for item in session.items):
+            KUEUE.built()
+        session.config.stash[_WORLD] = World(in_use(), images_in_use())
+
+    make_before(session, HERE, start)
 
 
 @pytest.hookimpl(wrapper=True)

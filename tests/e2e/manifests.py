@@ -14,6 +14,7 @@ QUICKSTART = ROOT / "examples" / "quickstart.yaml"
 QUICKSTART_NAME = "verse-paraphrase"
 # More than any test waits for.
 ENDLESS = 1_000_000
+HEAD = {"resources": {"requests": {"cpu": "200m", "memory": "512Mi"}, "limits": {"memory": "6Gi"}}}
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,11 @@ def tiny_run(
             "evaluation": {"everySteps": max(3, steps // 2)},
             "execution": {"device": "cpu", "microBatchSize": 4},
             "nodePools": [pool("cpu", nodes)],
-            "head": {"resources": {"requests": {"cpu": "200m", "memory": "512Mi"}, "limits": {"memory": "6Gi"}}},
+            "head": HEAD,
             "checkpoint": {"everySteps": max(3, steps // 4)},
             "tracking": {"tensorboard": False},
+            # Another pod that imports torch; its own tests and the quickstart have it.
+            "preflight": {"enabled": False},
         },
     }
     return edited(manifest, edits or {})

@@ -11,7 +11,7 @@ from dsft_api import PLURAL
 from dsft_api.conditions import Phase
 from dsft_api.status import FineTuneStatus
 from tests.e2e.manifests import QUICKSTART, QUICKSTART_NAME
-from tests.e2e.tenant import GONE_SECONDS, Tenant
+from tests.e2e.tenant import GONE_SECONDS, JOB_LABEL, Tenant
 
 # 100 steps, four commits and three evaluations of a BERT with 22 M parameters.
 SECONDS = 1200
@@ -40,7 +40,7 @@ def run_quickstart(tenant: Tenant, folder: Path) -> Finished:
         def over() -> bool:
             status = tenant.status(QUICKSTART_NAME)
             assert status.phase is not Phase.FAILED, status.message
-            roles.update(f"{_label(pod, 'group')}/{pod['metadata']['name']}" for pod in tenant.pods())
+            roles.update(f"{_role(pod)}/{pod['metadata']['name']}" for pod in tenant.pods())
             commits.update(ref.uri for ref in (status.checkpoints.retained if status.checkpoints else ()))
             return waiting.poll() is not None
 
@@ -83,5 +83,7 @@ def _waiting(tenant: Tenant) -> Iterator["subprocess.Popen[str]"]:
         process.communicate()
 
 
-def _label(pod: dict[str, Any], name: str) -> str:
-    return (pod["metadata"].get("labels") or {}).get(f"ray.io/{name}", "")
+def _role(pod: dict[str, Any]) -> str:
+    """Its group in the RayCluster, or that it looked before there was one."""
+    labels = pod["metadata"].get("labels") or {}
+    return "preflight" if JOB_LABEL in labels else labels.get("ray.io/group", "")

@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from kubernetes.client import ApiClient, CoreV1Api, CustomObjectsApi, NetworkingV1Api
+from kubernetes.client import ApiClient, BatchV1Api, CoreV1Api, CustomObjectsApi, NetworkingV1Api
 from kubernetes.client.exceptions import ApiException
 
 from dsft_api import GROUP, PLURAL, VERSION
@@ -23,6 +23,8 @@ START_SECONDS = 1500.0
 GONE_SECONDS = 240.0
 POLL_SECONDS = 0.5
 LIST_LIMIT = 500
+# Of the pods of a preflight.
+JOB_LABEL = "batch.kubernetes.io/job-name"
 ENDS = (Phase.SUCCEEDED, Phase.FAILED)
 Document = dict[str, Any]
 
@@ -106,10 +108,11 @@ class Tenant:
         return sorted(found, key=lambda event: event.get("lastTimestamp") or "")
 
     def left(self) -> list[str]:
-        """What runs made here and is still there: RayClusters, pods, Services, Secrets, NetworkPolicies."""
+        """What runs made here and is still there: RayClusters, Jobs, pods, Services, Secrets, NetworkPolicies."""
         core, networking = CoreV1Api(self.client), NetworkingV1Api(self.client)
         objects = {
             "Pod": core.list_namespaced_pod,
+            "Job": BatchV1Api(self.client).list_namespaced_job,
             "Service": core.list_namespaced_service,
             "Secret": core.list_namespaced_secret,
             "NetworkPolicy": networking.list_namespaced_network_policy,

@@ -34,6 +34,9 @@ COMPLETE: dict[str, Callable[[Any], bool]] = {
     "resolved.storagePrefix": lambda value: value.startswith("s3://"),
     "resolved.dataDigest": lambda value: value.startswith("sha256:"),
     "attempt": lambda value: value == 1,
+    "preflight.job": lambda value: value.startswith("verse-paraphrase-"),
+    "preflight.startTime": bool,
+    "preflight.endTime": bool,
     "rayCluster.name": lambda value: value.startswith("verse-paraphrase-"),
     "rayCluster.uid": bool,
     "rayCluster.incarnation": lambda value: value == 1,
@@ -83,6 +86,7 @@ CONDITIONS = {
     ConditionType.READY: "True",
     ConditionType.SUCCEEDED: "True",
     ConditionType.ACCEPTED: "True",
+    ConditionType.PREFLIGHTED: "True",
     ConditionType.CLUSTER_READY: "True",
     ConditionType.JOB_SUBMITTED: "True",
     ConditionType.CHECKPOINT_AVAILABLE: "True",
@@ -90,11 +94,11 @@ CONDITIONS = {
 
 
 def test_the_whole_way(quickstart: Finished, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two workers and a head trained, committed, exported; the table is what `kubectl get dsft -w` showed."""
+    """One pod looked, two workers and a head trained, committed, exported; the table is what `kubectl get dsft -w` showed."""
     with capsys.disabled():
         print(f"\n{quickstart.table}")
     pods = sorted(pod.partition("/")[0] for pod in quickstart.most_pods)
-    assert pods == ["cpu", "cpu", "headgroup"]
+    assert pods == ["cpu", "cpu", "headgroup", "preflight"]
     for phase in ("Provisioning", "Starting", "Running", "Succeeded"):
         assert phase in quickstart.table
     reasons = [event["reason"] for event in quickstart.tenant.events(quickstart.name)]

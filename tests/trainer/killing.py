@@ -40,13 +40,13 @@ LATEST: dict[KillPoint, float] = {"inside a checkpoint": 0.03, "between checkpoi
 WITNESSES = {"torchrun": {"dsft", "python"}, "ray": {"dsft", "python", "raylet"}}
 
 
-def killed_manifest(folder: Path, steps: int = STEPS) -> Manifest:
+def killed_manifest(folder: Path, steps: int = STEPS, rows: int = 64) -> Manifest:
     """Two ranks, dropout, an evaluation every 4 steps and a checkpoint every 3."""
     model = tiny.llama(folder / "model")
     # The position of every rank's random generator decides the losses.
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1}))
-    document = causal_lm("killed", model, tiny.dataset(folder, "prompt_completion"), steps=steps)
+    document = causal_lm("killed", model, tiny.dataset(folder, "prompt_completion", rows), steps=steps)
     document["spec"]["data"]["evalFraction"] = 0.1
     document["spec"]["evaluation"] = {"everySteps": 4}
     document["spec"]["checkpoint"] = {"everySteps": 3}

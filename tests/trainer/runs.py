@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,11 @@ from typing import Any
 import psutil
 import yaml
 
+from dsft_api.job import Job, Ranks, RunRef
 from dsft_api.layout import CHECKPOINTS, EXPORT, RESULT_FILE
 from dsft_api.manifest import parse
 from dsft_api.progress import Progress
+from dsft_api.spec import FineTuneSpec
 from dsft_cli.local_run import LocalRun, find_run
 from dsft_trainer.checkpoint.commits import COMMIT_FILE, Claim, ClaimId, Commit, parse_name
 from dsft_trainer.checkpoint.listing import read_claims, read_commits
@@ -55,6 +57,21 @@ def causal_lm(name: str, model: Path, train: Path, *, steps: int, seed: int = 7)
             "tracking": {"tensorboard": False},
         },
     }
+
+
+def first_attempt(
+    spec: FineTuneSpec | Mapping[str, Any], *, storage: str = "file:///runs", ranks: int = 1, **fields: Any
+) -> Job:
+    """A job for a part of the trainer, of a run of this spec on CPU."""
+    return Job(
+        run=RunRef(namespace="default", name="tiny", uid="u"),
+        attempt=1,
+        spec=spec if isinstance(spec, FineTuneSpec) else FineTuneSpec.model_validate(spec),
+        spec_hash="sha256:0",
+        storage_prefix=storage,
+        ranks=Ranks(count=ranks, device="cpu", threads=1),
+        **fields,
+    )
 
 
 def wait_until(fact: Callable[[], bool], what: str, seconds: float = PATIENCE_SECONDS) -> None:

@@ -10,6 +10,7 @@ import pytest
 from dsft_api.conditions import FailureClass
 from dsft_trainer.checkpoint import universal
 from dsft_trainer.checkpoint.checkpointer import Checkpointer, Identity, Point
+from dsft_trainer.checkpoint.commits import Patience
 from dsft_trainer.checkpoint.listing import Retention, read_commits
 from dsft_trainer.checkpoint.origin import Origin
 from dsft_trainer.checkpoint.restore import Convert, Restorer
@@ -101,10 +102,11 @@ class Start:
         return self.checkpointer.restorer.first_step
 
     def save(self, step: int, loss: float | None = None) -> str:
-        """Commit a state that tells its step; the checkpoint's name."""
+        """Commit a state that tells its step; the checkpoint's name. With a loss also what early stopping knows."""
         self.state.value = f"step {step} of {self.checkpointer.claim}"
         metrics = {} if loss is None else {"loss": loss}
-        point = Point(step, samples=8 * step, epoch=step / 10, metrics=metrics)
+        patience = None if loss is None else Patience(best=loss, without=0)
+        point = Point(step, samples=8 * step, epoch=step / 10, metrics=metrics, patience=patience)
         self.checkpointer.start(self.state, point)
         outcome = self.checkpointer.settle()
         if isinstance(outcome, TrainerError):

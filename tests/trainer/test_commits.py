@@ -112,6 +112,12 @@ def commit(step: int, loss: float | None = None) -> Commit:
             id="attempts are numbers, not text",
         ),
         pytest.param(
+            [at(10, "a9.g1"), at(10, "a10.g1")],
+            [claim("a9.g1"), claim("a10.g1", at(10, "a9.g1"))],
+            [at(10, "a9.g1"), at(10, "a10.g1")],
+            id="a successor that only evaluates its base commits the same step",
+        ),
+        pytest.param(
             [at(10, "a1.g1")],
             [claim("a1.g1", at(10, "a1.g1"))],
             [at(10, "a1.g1")],

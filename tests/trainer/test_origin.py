@@ -100,6 +100,10 @@ def test_resume_goes_on_where_the_other_run_was(namespace: str, old: Store, tmp_
     start = new_start(namespace, tmp_path / "scratch", pin)
     assert start.begin(1) == 9
     assert start.state.value == "step 9 of a1.g1"
+    # Its early stopping waited for another metric perhaps.
+    assert start.checkpointer.restorer.base is not None
+    assert start.checkpointer.restorer.base.patience is not None
+    assert start.checkpointer.restorer.patience is None
     store = start.checkpointer.store
     claim = json.loads(store.get_bytes("attempts/a1.g1.json") or b"")
     assert (claim.get("base"), claim["baseStep"], claim["origin"]) == (None, 9, pin.uri)
@@ -197,4 +201,15 @@ def test_another_model_is_refused_by_the_parameter(
     engine = Engine(None, torch.nn.Linear(2, 3), torch.device("cpu"))
     with pytest.raises(TrainerError, match=f"checkpoint tag is of another model: {message}") as caught:
         engine.load_universal(tmp_path, "tag")
+    assert caught.value.failure_class is FailureClass.CONFIG_INVALID
+
+
+def test_adapters_of_another_model_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "tag").mkdir()
+    states = {"param_shapes": [{"weight": torch.Size((3, 2))}], "dsft_frozen_digest": "sha256:there"}
+    torch.save(states, tmp_path / "tag" / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    model = torch.nn.Linear(2, 3, bias=False)
+    engine = Engine(None, model, torch.device("cpu"), "sha256:here")
+    with pytest.raises(TrainerError, match="checkpoint tag holds adapters of another model") as caught:
+        engine.load(tmp_path, "tag")
     assert caught.value.failure_class is FailureClass.CONFIG_INVALID

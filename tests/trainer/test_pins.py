@@ -10,15 +10,16 @@ import huggingface_hub
 import pytest
 
 from dsft_api.conditions import FailureClass
-from dsft_api.job import Job, Ranks, RunRef
-from dsft_api.spec import FineTuneSpec
+from dsft_api.job import Job
+from dsft_api.spec.identity import DataSpec
 from dsft_api.status import Inputs
 from dsft_trainer.checkpoint.store import open_store
+from dsft_trainer.data.formats import eval_source
 from dsft_trainer.driver import first_come
 from dsft_trainer.errors import TrainerError
-from dsft_trainer.pins import data_digest, pinned
+from dsft_trainer.pins import data_digest, pinned, with_known_commits
 from tests.trainer import tiny
-from tests.trainer.runs import causal_lm
+from tests.trainer.runs import causal_lm, first_attempt
 
 NEW = Inputs()
 
@@ -34,14 +35,7 @@ def job_on(train: str, model: str = "file:///model", **data: object) -> Job:
     document["model"]["uri"] = model
     document["data"]["train"]["uri"] = train
     document["data"] |= data
-    return Job(
-        run=RunRef(namespace="default", name="tiny", uid="u"),
-        attempt=1,
-        spec=FineTuneSpec.model_validate(document),
-        spec_hash="sha256:0",
-        storage_prefix="file:///runs",
-        ranks=Ranks(count=1, device="cpu", threads=1),
-    )
+    return first_attempt(document)
 
 
 def resolved(job: Job, known: Inputs = NEW) -> Inputs:
@@ -168,10 +162,117 @@ def test_branches_on_the_hub_become_commits_and_stay_so(hub: dict[str, str]) -> 
     assert begun.resolved is not None
     assert (begun.resolved.model_revision, begun.resolved.data_revision) == (model, data)
     work = begun.spec.workload()
-    assert (work.model.revision, work.train.revision) == (model, data)
+    assert (work.model.revision, work.data.train.revision) == (model, data)
 
     hub |= {"models/org/name": "3" * 40, "datasets/org/rows": "4" * 40}
     assert pinned(job, begun.resolved).resolved == begun.resolved
+
+
+def test_each_member_of_a_mixture_has_its_pin(hub: dict[str, str], rows: Path) -> None:
+    first, second = "2" * 40, "5" * 40
+    hub |= {"datasets/org/one": first, "datasets/org/two": second}
+    job = job_on("file:///nowhere")
+    members = [{"uri": uri, "format": "text"} for uri in ("hf://org/one", rows.as_uri(), "hf://org/two")]
+    data = DataSpec.model_validate({"mixture": members})
+    job = job.model_copy(update={"spec": job.spec.model_copy(update={"data": data})})
+    begun = pinned(job, NEW)
+    assert begun.resolved is not None
+    assert begun.resolved.mixture_revisions == (first, "", second)
+    assert [source.revision for source in begun.spec.train_sources()] == [first, None, second]
+    hub |= {"datasets/org/one": "3" * 40, "datasets/org/two": "4" * 40}
+    assert pinned(job, begun.resolved).resolved == begun.resolved
+    tiny.dataset(rows.parent, "text", 9)
+    with pytest.raises(TrainerError, match="the data is not what the run began with"):
+        pinned(job, begun.resolved)
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "commits"),
+    [
+        ({"uri": "hf://org/held-out"}, ("5" * 40, "5" * 40)),
+        ({"uri": "hf://org/held-out", "revision": "v1"}, ("5" * 40, "5" * 40)),
+        # The same place as the training data, unless it says otherwise.
+        ({"split": "validation"}, (None, "2" * 40)),
+        ({"revision": "v2"}, ("6" * 40, "6" * 40)),
+    ],
+)
+def test_evaluation_data_has_its_pin(
+    hub: dict[str, str], evaluated: dict[str, str], commits: tuple[str | None, str]
+) -> None:
+    hub |= {"datasets/org/rows": "2" * 40, "datasets/org/held-out": "5" * 40}
+    hub |= {"datasets/org/held-out/revision/v1": "5" * 40, "datasets/org/rows/revision/v2": "6" * 40}
+    job = job_on("hf://org/rows", eval=evaluated)
+    begun = pinned(job, NEW)
+    known = begun.resolved
+    assert known is not None
+    source = eval_source(begun.spec.workload().data)
+    assert source is not None
+    assert (known.eval_revision, source.revision) == commits
+
+    hub.update(dict.fromkeys(hub, "9" * 40))
+    again = pinned(job, known)
+    assert (again.resolved, again.spec) == (known, begun.spec)
+    assert with_known_commits(job.model_copy(update={"resolved": known})).spec == begun.spec
+
+
+def test_evaluation_data_that_an_older_version_did_not_pin_is_from_now_on(hub: dict[str, str], rows: Path) -> None:
+    hub |= {"datasets/org/held-out": "5" * 40}
+    job = job_on(rows.as_uri(), eval={"uri": "hf://org/held-out"})
+    before = Inputs(data_digest=resolved(job).data_digest)
+    known = resolved(job, before)
+    assert known.eval_revision == "5" * 40
+    hub |= {"datasets/org/held-out": "9" * 40}
+    assert resolved(job, known) == known
+    # What it was is not known any more, only that it is not this.
+    with pytest.raises(TrainerError, match="the data is not what the run began with"):
+        pinned(job, before)
+
+
+def chats(template_of: str) -> Job:
+    """An attempt on conversations that another model's template renders."""
+    document = {"train": {"uri": "hf://org/chats", "format": "messages"}, "chatTemplate": {"fromModel": template_of}}
+    job = job_on("hf://org/chats")
+    spec = job.spec.model_copy(update={"data": DataSpec.model_validate(document)})
+    return job.model_copy(update={"spec": spec})
+
+
+@pytest.mark.parametrize("template_of", ["org/instruct", "hf://org/instruct"])
+def test_the_template_of_a_model_on_the_hub_has_its_pin(hub: dict[str, str], template_of: str) -> None:
+    hub |= {"datasets/org/chats": "2" * 40, "models/org/instruct": "7" * 40}
+    job = chats(template_of)
+    known = resolved(job)
+    assert (known.template_revision, known.template_digest) == ("7" * 40, None)
+    hub |= {"models/org/instruct": "8" * 40}
+    assert resolved(job, known) == known
+    # An older version pinned none: what is there now is what counts from now on.
+    older = known.model_copy(update={"template_revision": None})
+    assert resolved(job, older).template_revision == "8" * 40
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize("place", ["file", "s3"])
+def test_another_template_is_refused_by_both_digests(
+    hub: dict[str, str], tmp_path: Path, s3_uri: str, place: str, file: str
+) -> None:
+    hub |= {"datasets/org/chats": "2" * 40}
+    uri = s3_uri if place == "s3" else tmp_path.as_uri()
+    store, job = open_store(uri), chats(uri)
+    store.put_bytes(file, b"{}")
+    store.put_bytes("model.safetensors", b"1")
+    known = resolved(job)
+    assert known.template_digest is not None
+    # Weights and vocabulary are none of the template's.
+    store.put_bytes("model.safetensors", b"2")
+    store.put_bytes("tokenizer.json", b"{}")
+    assert resolved(job, known) == known
+    store.put_bytes(file, b"{ }")
+    with pytest.raises(TrainerError) as caught:
+        pinned(job, known)
+    assert caught.value.failure_class is FailureClass.DATA_INVALID
+    assert f"the chat template of {uri} is not what the run began with" in caught.value.message
+    assert known.template_digest in caught.value.message
+    older = known.model_copy(update={"template_digest": None})
+    assert resolved(job, older).template_digest != known.template_digest
 
 
 def test_a_model_that_is_not_there_is_denied(hub: dict[str, str], rows: Path) -> None:

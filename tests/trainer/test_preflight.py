@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from dsft_api.conditions import FailureClass
-from dsft_api.job import Job, Ranks, RunRef
-from dsft_api.spec import FineTuneSpec
+from dsft_api.job import Job
 from dsft_api.status import Inputs
 from dsft_trainer.checkpoint.store import open_store
 from dsft_trainer.errors import TrainerError
@@ -15,7 +14,7 @@ from dsft_trainer.pins import pinned
 from dsft_trainer.preflight import preflight
 from tests.s3_server import S3Server
 from tests.trainer import tiny
-from tests.trainer.runs import causal_lm
+from tests.trainer.runs import causal_lm, first_attempt
 
 Refused = Callable[..., TrainerError]
 
@@ -33,14 +32,7 @@ def refused(tmp_path: Path, model: Path) -> Refused:
         document = causal_lm("tiny", model, tiny.dataset(tmp_path / "data", "text", 8), steps=1)["spec"]
         document["model"]["uri"] = model_uri or document["model"]["uri"]
         document["data"]["train"]["uri"] = train or document["data"]["train"]["uri"]
-        job = Job(
-            run=RunRef(namespace="default", name="tiny", uid="u"),
-            attempt=1,
-            spec=FineTuneSpec.model_validate(document),
-            spec_hash="sha256:0",
-            storage_prefix=storage or (tmp_path / "runs").as_uri(),
-            ranks=Ranks(count=1, device="cpu", threads=1),
-        )
+        job = first_attempt(document, storage=storage or (tmp_path / "runs").as_uri())
         with pytest.raises(TrainerError) as caught:
             first_looks(job, tmp_path / "cache")
         return caught.value

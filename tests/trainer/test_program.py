@@ -1,5 +1,6 @@
 """spec.program: a function of the user's in place of the built-in training."""
 
+import json
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -10,24 +11,32 @@ from dsft_api.conditions import ExitCode, FailureClass, Phase
 from dsft_api.progress import Progress, TrainerPhase
 from dsft_api.spec.identity import ProgramSpec
 from dsft_trainer.errors import TrainerError
-from dsft_trainer.program import check_module, run_program
+from dsft_trainer.program import check_modules, datasets_of, run_program
 from dsft_trainer.runtime.ray_program import reported
-from tests.cli.command import Dsft
+from tests.cli.command import Dsft, RunFolder
+from tests.trainer.archives import archive, pinned
 from tests.trainer.runs import Manifest
 
 SOURCE = """
 import os
 import signal
 import tempfile
+import time
 from pathlib import Path
 
 import ray.train
+
+from dsft_trainer import context as run
 
 TAKEN = []
 
 
 def take(config):
     TAKEN.append(config)
+
+
+def feed(config):
+    return {"train": list(range(config["rows"]))}
 
 
 def fail(config):
@@ -42,15 +51,20 @@ def train(config):
     context, checkpoint, begin = ray.train.get_context(), ray.train.get_checkpoint(), 0
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
-            begin = int((Path(folder) / "step").read_text())
+            begin = int((Path(folder) / "shard-1").read_text())
     for step in range(begin + 1, config["steps"] + 1):
         if step == config.get("dies_at") and begin == 0 and context.get_world_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
+        stopping = run.drain_requested()
+        while step == config.get("waits_at") and not stopping:
+            time.sleep(0.05)
+            stopping = run.drain_requested()
         metrics = {"step": step, "total_steps": config["steps"], "loss": 1 / step, "accuracy": 0.5, "begin": begin}
         with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "step").write_text(str(step))
-            first = context.get_world_rank() == 0
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder) if first else None)
+            (Path(folder) / f"shard-{context.get_world_rank()}").write_text(str(step))
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        if stopping:
+            return
 """
 
 
@@ -110,9 +124,29 @@ class TestCall:
     @pytest.mark.parametrize("module", ["no_such_module", "json.no_such", "no_such.module"])
     def test_a_module_that_is_not_there_is_seen_before_anything_starts(self, module: str) -> None:
         with pytest.raises(TrainerError) as raised:
-            check_module(ProgramSpec(entrypoint=f"{module}:train"))
+            check_modules(ProgramSpec(entrypoint=f"{module}:train"))
         assert raised.value.failure_class is FailureClass.CONFIG_INVALID
         assert module in raised.value.message
+
+    def test_datasets_come_from_a_function_of_their_own(self, program: str) -> None:
+        spec = ProgramSpec(entrypoint="json:loads", datasets=f"{program}:feed", config={"rows": 3})
+        check_modules(spec)
+        assert datasets_of(spec) == {"train": [0, 1, 2]}
+        assert datasets_of(ProgramSpec(entrypoint="json:loads")) == {}
+
+    @pytest.mark.parametrize(
+        ("function", "kind", "word"),
+        [
+            ("take", FailureClass.USER_CODE, "take returned NoneType"),
+            ("fail", FailureClass.USER_CODE, "ValueError: the data has holes"),
+            ("none", FailureClass.CONFIG_INVALID, "has no function none"),
+        ],
+    )
+    def test_datasets_that_are_none(self, program: str, function: str, kind: FailureClass, word: str) -> None:
+        with pytest.raises(TrainerError) as raised:
+            datasets_of(ProgramSpec(entrypoint="json:loads", datasets=f"{program}:{function}"))
+        assert raised.value.failure_class is kind
+        assert word in raised.value.message
 
 
 class TestProgress:
@@ -159,30 +193,60 @@ def manifest(program: str, function: str, **config: object) -> Manifest:
     }
 
 
+def steps(run: RunFolder) -> list[int]:
+    """Those of the checkpoints in the status."""
+    assert run.status.checkpoints is not None
+    return [ref.step for ref in run.status.checkpoints.retained]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 class TestRun:
-    """`dsft run` of a program."""
+    """`dsft run` of a program. By default two checkpoints are kept."""
 
-    def test_a_lost_rank_is_no_end_and_the_program_goes_on_from_rays_checkpoint(
-        self, tmp_path: Path, program: str
-    ) -> None:
+    def test_lost_and_stopped_the_program_goes_on_from_its_checkpoint(self, tmp_path: Path) -> None:
+        """A rank is lost before step 6; at step 7 the program waits until it is asked to stop. Its code is an archive's."""
         dsft = Dsft(tmp_path)
-        file = dsft.write(manifest(program, "train", steps=8, dies_at=6))
-        done = dsft("run", "-f", file)
+        document = manifest("from_elsewhere", "train", steps=8, dies_at=6, waits_at=7)
+        content = archive({"from_elsewhere.py": SOURCE})
+        (tmp_path / "code.tar.gz").write_bytes(content)
+        document["spec"]["program"]["source"] = pinned((tmp_path / "code.tar.gz").as_uri(), content)
+        file = dsft.write(document)
+        with dsft.start("run", "-f", file) as running:
+            running.until(lambda: any(run.step >= 6 for run in dsft.run_folders()))
+            running.press_ctrl_c()
+            stopped = running.wait()
         (run,) = dsft.run_folders()
-        assert done.code == ExitCode.OK, done.text + run.log()
-        assert "ranks lost, starting them again" in done.err
+        assert stopped.code == ExitCode.INTERRUPTED, stopped.text + run.log()
+        assert "ranks lost, starting them again" in stopped.err
+        assert not (run.path / "RESULT.json").exists()
+        assert run.status.phase is Phase.SUSPENDED
+        assert steps(run) == [6, 7]
+        # A report that came back is in Ray's book when its rank goes.
+        assert run.status.evaluation is not None
+        assert run.status.evaluation.metrics == {"accuracy": 0.5, "begin": 5}
+
+        done = dsft("run", "-f", file)
+        assert done.code == ExitCode.OK, done.text + run.log(2)
         status = run.status
         assert status.phase is Phase.SUCCEEDED
-        (attempt,) = status.attempts
-        assert attempt.restarts == 1
-        assert [loss.failure_class for loss in attempt.losses] == [FailureClass.WORKER_LOST]
+        first, second = status.attempts
+        assert (first.restarts, second.restarts) == (1, None)
+        assert [loss.failure_class for loss in first.losses] == [FailureClass.WORKER_LOST]
         assert status.progress is not None
         assert (status.progress.step, status.progress.percent) == (8, 100.0)
         assert status.evaluation is not None
-        # A report that came back may not be in Ray's book yet when its rank goes.
-        assert status.evaluation.metrics == {"accuracy": 0.5, "begin": pytest.approx(3, abs=2)}
+        assert status.evaluation.metrics == {"accuracy": 0.5, "begin": 7}
+        assert (first.from_step, second.from_step) == (0, 7)
+        assert steps(run) == [7, 8]
+        assert status.checkpoints is not None
+        latest = status.checkpoints.latest
+        assert latest is not None
+        assert latest == status.checkpoints.best
+        assert (latest.step, latest.world_size, latest.bytes, latest.metrics["loss"]) == (8, 2, 2, 1 / 8)
+        kept = {Path(ref.uri.removeprefix("file://")) for ref in status.checkpoints.retained}
+        assert kept == {path for path in run.path.glob("ray/checkpoint_*") if path.is_dir()}
+        assert [ref["step"] for ref in json.loads(dsft("ls", run.path.as_uri(), "--output", "json").out)] == [7, 8]
         assert (run.path / "RESULT.json").exists()
         assert "is done already" in dsft("run", "-f", file).err
 

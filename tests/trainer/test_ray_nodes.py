@@ -1,6 +1,5 @@
 """The way of a run on a cluster, less Kubernetes: head and workers as nodes of their own, token auth, the operator's adapter."""
 
-import os
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from dsft_trainer.checkpoint.listing import read_claims, read_commits
 from dsft_trainer.checkpoint.store import open_store
 from tests.s3_server import S3Server
 from tests.trainer import tiny
+from tests.trainer.archives import archive, pinned
 from tests.trainer.ray_nodes import Attempt, RayNodes, attempt, prefix, resource
 from tests.trainer.runs import Manifest, causal_lm
 
@@ -30,12 +30,14 @@ ENDLESS = 20_000
 
 
 PROGRAM = """
+import pathlib
 import tempfile
 import ray.train
 
 def train(config):
     for step in range(1, config["steps"] + 1):
         with tempfile.TemporaryDirectory() as folder:
+            (pathlib.Path(folder) / "step").write_text(str(step))
             first = ray.train.get_context().get_world_rank() == 0
             checkpoint = ray.train.Checkpoint.from_directory(folder) if first else None
             ray.train.report({"step": step, "total_steps": config["steps"]}, checkpoint=checkpoint)
@@ -43,12 +45,8 @@ def train(config):
 
 
 @pytest.fixture(scope="module")
-def nodes(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
-    """With a program of a user's in their image."""
-    image = tmp_path_factory.mktemp("image")
-    (image / "users_program.py").write_text(PROGRAM)
-    paths = [str(image), *filter(None, [os.environ.get("PYTHONPATH")])]
-    nodes = RayNodes.start(env=s3_server.env() | {"PYTHONPATH": os.pathsep.join(paths)})
+def nodes(s3_server: S3Server) -> Iterator[RayNodes]:
+    nodes = RayNodes.start(env=s3_server.env())
     yield nodes
     nodes.stop()
 
@@ -208,9 +206,15 @@ def test_drain_without_a_run_has_nothing_to_wait_for(nodes: RayNodes) -> None:
     assert time.monotonic() - begin < float(nodes.node_env("worker-0")["DSFT_DRAIN_SECONDS"])
 
 
-def test_a_program_keeps_its_checkpoints_on_s3(nodes: RayNodes, manifest: Manifest, s3_uri: str) -> None:
+def test_a_program_and_its_checkpoints_on_s3(nodes: RayNodes, manifest: Manifest, s3_uri: str) -> None:
+    code = archive({"users/program.py": PROGRAM})
+    open_store(s3_uri).put_bytes("code.tar.gz", code)
     spec = {
-        "program": {"entrypoint": "users_program:train", "config": {"steps": 3}},
+        "program": {
+            "entrypoint": "users.program:train",
+            "config": {"steps": 3},
+            "source": pinned(f"{s3_uri}/code.tar.gz", code),
+        },
         "execution": {"device": "cpu"},
         "nodePools": manifest["spec"]["nodePools"],
     }
@@ -222,7 +226,10 @@ def test_a_program_keeps_its_checkpoints_on_s3(nodes: RayNodes, manifest: Manife
     assert told.phase is TrainerPhase.SUCCEEDED
     assert told.progress is not None
     assert told.progress.step == 3
-    assert any("checkpoint_manager_snapshot" in entry.key for entry in open_store(prefix(run)).list("ray"))
+    assert told.checkpoints is not None
+    assert [ref.step for ref in told.checkpoints.retained] == [2, 3]
+    stored = {f"{prefix(run)}/{entry.key.rpartition('/')[0]}" for entry in open_store(prefix(run)).list("ray")}
+    assert {ref.uri for ref in told.checkpoints.retained} == {uri for uri in stored if "/ray/checkpoint_" in uri}
     assert drain(nodes, "worker-0").returncode == 0
 
 

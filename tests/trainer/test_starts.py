@@ -125,7 +125,7 @@ class TestRelay:
 
     @pytest.fixture
     def relay(self, channel: Channel) -> Relay:
-        return Relay(str(channel.folder), drains=True)
+        return Relay(str(channel.folder))
 
     def test_only_the_current_start_is_heard(self, relay: Relay, channel: Channel) -> None:
         failure = TrainerError(FailureClass.DIVERGED, "NaN").report(0).model_dump_json(by_alias=True)
@@ -145,6 +145,18 @@ class TestRelay:
         assert step(channel) == 3
         assert channel.failure() is not None
         assert relay.outcome() == "interrupted"
+
+    def test_who_asks_for_a_drain_can_be_waited_for(self, relay: Relay, channel: Channel) -> None:
+        assert not relay.drains()
+        assert relay.drain_time() is None
+        assert relay.drains()
+        relay.request_drain()
+        first = relay.drain_time()
+        assert first is not None
+        relay.request_drain()
+        assert relay.drain_time() == first
+        channel.reset()
+        assert (relay.drain_time(), channel.drain_requested()) == (None, False)
 
     def test_between_two_starts_nobody_is(self, relay: Relay, channel: Channel) -> None:
         relay.begin(1)

@@ -3,7 +3,6 @@
 import errno
 import math
 import os
-import shutil
 import socket
 import ssl
 import subprocess
@@ -21,8 +20,9 @@ from dsft_trainer.checkpoint.store import (
     open_store,
 )
 from dsft_trainer.errors import TrainerError
+from tests.certificates import self_signed
 from tests.s3_faults import faulty
-from tests.s3_server import ADMIN, READER, S3Server
+from tests.s3_server import ADMIN, READER, Identity, S3Server
 
 
 def denied(store: Store, *, within: float = 30.0) -> TrainerError:
@@ -85,13 +85,7 @@ def test_endpoint_that_never_answers(s3_uri: str) -> None:
 
 
 def test_endpoint_with_an_untrusted_certificate(s3_uri: str, tmp_path: Path) -> None:
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    request = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "1"]
-    if not shutil.which("openssl"):
-        pytest.skip("needs openssl for a certificate")
-    subprocess.run([*request, "-keyout", key, "-out", certificate], check=True, capture_output=True)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
+    context, _ = self_signed(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as plain:
         server = context.wrap_socket(plain, server_side=True)
 
@@ -193,3 +187,19 @@ def test_full_and_read_only_volumes(tmp_path: Path, option: str, message: str, r
     assert message in done.stderr
     assert remedy in done.stderr
     assert done.stderr.rstrip().endswith("[]"), "nothing half-written is listed"
+
+
+def test_an_identity_of_one_prefix_gets_at_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/security.md advises: then the object store holds what a policy of the operator only says."""
+    actions = tuple(f"{verb}:runs/team-a/*" for verb in ("Read", "Write", "List"))
+    team = Identity("team-a", "dsft-team-a", "dsft-team-a-secret", actions)
+    server = S3Server.start(tmp_path / "s3", identities=(ADMIN, team))
+    try:
+        bucket = server.make_bucket("runs")
+        for name, value in server.env(team).items():
+            monkeypatch.setenv(name, value)
+        check_writable(open_store(f"{bucket}/team-a/run"))
+        for place in ("team-b/run", "team-ab/run", "run"):
+            denied(open_store(f"{bucket}/{place}"))
+    finally:
+        server.stop()

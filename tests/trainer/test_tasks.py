@@ -61,7 +61,7 @@ def classifying(
             "numLabels": num_labels,
         },
         "data": {"train": {"uri": data.as_uri(), "format": data_format}},
-        "training": _training(globalBatchSize=16, **training),
+        "training": _training(**{"globalBatchSize": 16} | training),
         "execution": {"device": "cpu", "microBatchSize": 8},
         "export": {"format": "none"},
     }
@@ -79,6 +79,20 @@ def _training(**changes: Any) -> Spec:
 
 def recomputed(spec: Spec) -> Spec:
     return {**spec, "execution": {**spec["execution"], "activationCheckpointing": True}}
+
+
+def packed(spec: Spec) -> Spec:
+    return {**spec, "data": {**spec["data"], "packing": True}}
+
+
+def chunked(spec: Spec) -> Spec:
+    return {**spec, "execution": {**spec["execution"], "lossKernel": "chunked"}}
+
+
+def mixed(spec: Spec, folder: Path) -> Spec:
+    prompts = tiny.dataset(folder, "prompt_completion").as_uri()
+    members = [{**spec["data"]["train"], "weight": 3}, {"uri": prompts, "format": "prompt_completion"}]
+    return {**spec, "data": {"mixture": members, "maxLength": 64, "packing": True, "evalFraction": 0.1}}
 
 
 def held_out(spec: Spec) -> Spec:
@@ -111,6 +125,9 @@ JOBS: Mapping[str, Callable[[Path], Spec]] = {
     "text": lambda folder: causal(folder, "text"),
     "text-bf16": lambda folder: causal(folder, "text", precision="bf16"),
     "text-recomputed": lambda folder: recomputed(causal(folder, "text")),
+    "mixture": lambda folder: mixed(causal(folder, "text"), folder),
+    "text-packed": lambda folder: held_out(packed(causal(folder, "text"))),
+    "text-chunked": lambda folder: held_out(chunked(causal(folder, "text"))),
     "text-held-out": lambda folder: held_out(causal(folder, "text")),
     "prompt-completion": lambda folder: causal(folder, "prompt_completion"),
     "prompt-completion-csv": lambda folder: from_file(causal(folder, "prompt_completion"), as_csv(folder)),
@@ -124,7 +141,7 @@ JOBS: Mapping[str, Callable[[Path], Spec]] = {
 CUT = "cut-too-short"
 
 
-def write_job(folder: Path, name: str, body: Spec) -> None:
+def write_job(folder: Path, name: str, body: Spec, *, ranks: int = 2) -> None:
     spec = FineTuneSpec.model_validate(body)
     job = Job(
         run=RunRef(namespace="default", name=name, uid=name),
@@ -132,7 +149,7 @@ def write_job(folder: Path, name: str, body: Spec) -> None:
         spec=spec,
         spec_hash=spec_hash(spec),
         storage_prefix=(folder / name / "run").as_uri(),
-        ranks=Ranks(count=2, device="cpu", threads=1),
+        ranks=Ranks(count=ranks, device="cpu", threads=1),
     )
     (folder / name).mkdir(parents=True)
     (folder / name / "job.json").write_text(job.to_json())
@@ -207,6 +224,11 @@ def test_rows_that_were_held_out_are_evaluated(trained: Path) -> None:
     assert len(losses) == 2
     assert losses[1] < losses[0]
     assert values(trained, "text-held-out", "eval", "perplexity") == pytest.approx([math.exp(loss) for loss in losses])
+
+
+@pytest.mark.parametrize("kind", ["train", "eval"])
+def test_a_chunked_loss_is_the_loss_but_for_rounding(kind: str, trained: Path) -> None:
+    assert values(trained, "text-chunked", kind) == pytest.approx(values(trained, "text-held-out", kind), abs=1e-5)
 
 
 def test_rows_with_nothing_to_train_on_are_refused_on_every_rank(trained: Path) -> None:

@@ -1,5 +1,8 @@
 """When a rank counts as hung, and what is left of it."""
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -10,12 +13,16 @@ import torch
 import torch.distributed as dist
 
 from dsft_api.conditions import FailureClass
+from dsft_api.layout import RESULT_FILE
 from dsft_trainer import collectives
 from dsft_trainer.checkpoint.store import Store, open_store
 from dsft_trainer.errors import TrainerError
 from dsft_trainer.progress import Pace
-from dsft_trainer.watchdog import MARGIN_SECONDS, Watchdog, archived_stacks
+from dsft_trainer.watchdog import LONG_SECONDS, MARGIN_SECONDS, Watchdog, archived_stacks
+from tests.trainer import slow_start, tiny
+from tests.trainer.runs import causal_lm, first_attempt
 
+ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 30
 
 
@@ -89,6 +96,58 @@ def test_collectives_outlast_it() -> None:
     with watchdog:
         assert heard.wait(PATIENCE_SECONDS)
     assert told == [2 * 2000 + MARGIN_SECONDS]
+
+
+def test_long_work_is_no_hang_and_what_follows_it_is_watched() -> None:
+    """For a day, and collectives with it, in which the other ranks wait."""
+    told: list[float] = []
+    hung = threading.Event()
+    now = [0.0]
+    with Watchdog(0.2, lambda _: hung.set(), told.append, lambda _: None, clock=lambda: now[0]) as watchdog:
+        with watchdog.patient():
+            assert told == [LONG_SECONDS + MARGIN_SECONDS]
+            now[0] += LONG_SECONDS - 1
+            assert not hung.wait(1)
+        assert told == [LONG_SECONDS + MARGIN_SECONDS, 0.2 + MARGIN_SECONDS]
+        assert not hung.wait(1)
+        now[0] += 1
+        assert hung.wait(PATIENCE_SECONDS)
+
+
+def test_long_work_that_never_ends_is_a_hang() -> None:
+    hung = threading.Event()
+    now = [0.0]
+    watchdog = Watchdog(0.2, lambda _: hung.set(), lambda _: None, lambda _: None, clock=lambda: now[0])
+    with watchdog, watchdog.patient():
+        now[0] += LONG_SECONDS + 1
+        assert hung.wait(PATIENCE_SECONDS)
+
+
+@pytest.mark.slow
+def test_hours_of_fetching_tokenising_and_exporting_are_no_hang(tmp_path: Path) -> None:
+    """One rank of two does it, and the other one waits."""
+    document = causal_lm("slow", tiny.llama(tmp_path / "model"), tiny.dataset(tmp_path, "text"), steps=2)
+    job = first_attempt(document["spec"], storage=(tmp_path / "run").as_uri(), ranks=2)
+    (tmp_path / "jobs" / "slow").mkdir(parents=True)
+    (tmp_path / "jobs" / "slow" / "job.json").write_text(job.to_json())
+    ranks = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *(slow_start.__file__, str(tmp_path / "jobs")),
+        ],
+        env=os.environ | {"DSFT_SCRATCH": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert ranks.returncode == 0, ranks.stdout + ranks.stderr
+    assert {path.name for path in (tmp_path / "jobs").glob("slow-*")} == {
+        "slow-fetch",
+        "slow-tokenize_here",
+        "slow-export",
+    }
+    assert (tmp_path / "run" / RESULT_FILE).exists()
 
 
 @pytest.fixture

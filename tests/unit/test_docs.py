@@ -10,7 +10,9 @@ from dsft_api.manifest import parse
 from dsft_operator.config import OperatorConfig
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
+PAGES = sorted(
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/gitops/*.md")]
+)
 
 
 def test_the_manifest_in_the_readme_is_the_quickstart() -> None:
@@ -49,3 +51,14 @@ def test_make_targets_in_the_documents_exist(page: Path) -> None:
     )
     assert named
     assert named <= targets
+
+
+def test_each_threat_has_a_test_that_exists() -> None:
+    rows = [line for line in (ROOT / "docs/security.md").read_text().splitlines() if line.startswith("| ")]
+    threats = rows[rows.index("| Threat | Answer | Test |") + 1 :]
+    assert len(threats) >= 10
+    for row in threats:
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row)
+        assert named, row
+        for file, test in named:
+            assert f"def {test}(" in (ROOT / file).read_text(), f"{file}::{test}"

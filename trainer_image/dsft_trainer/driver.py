@@ -71,6 +71,20 @@ def run(runtime: str) -> int:
         return _run(runtime, printed, lambda job: _ship_log(job, printed, afterwards))
 
 
+def look_ahead(*, here: bool) -> int:
+    """Check all that can be checked of DSFT_JOB before there are ranks; the exit code. `here`: this is where they will run."""
+    from dsft_trainer.preflight_job import preflight as look
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("botocore").setLevel(logging.WARNING)
+    try:
+        job = read_job(os.environ)
+    except TrainerError as error:
+        log.error("%s", error)  # noqa: TRY400  the message is the whole story
+        return error.exit_code
+    return look(job, here=here)
+
+
 def _ship_log(job: Job, printed: Sequence[Path], afterwards: ExitStack) -> None:
     """Bring this process's log to storage from now on, where it would go with a pod. `dsft run` keeps it itself."""
     if os.environ.get(RAY_ADDRESS_ENV):
@@ -129,8 +143,10 @@ def _redirect_output(target: int) -> None:
 def _run_recorded(job: Job, channel: Channel, runtime: str, printed: Sequence[Path]) -> int:
     """The attempt, with its beginning and a failure written to the progress document; the exit code."""
     channel.reset()
-    # A program is not asked to commit, so there is nothing to wait for.
-    _stop_on_signals(channel, job.spec.checkpoint.drain_seconds if job.spec.program is None else 0)
+    if job.spec.program is None:
+        # A program listens from when it first asks.
+        channel.listen()
+    _stop_on_signals(channel, job.spec.checkpoint.drain_seconds)
     channel.publish(starting(job).model_dump_json(by_alias=True, exclude_none=True))
     try:
         outcome = _attempt(job, channel, runtime)
@@ -143,8 +159,7 @@ def _run_recorded(job: Job, channel: Channel, runtime: str, printed: Sequence[Pa
         _record(job, channel, phase=TrainerPhase.FAILED, failure=failure.report())
         return failure.exit_code
     if job.spec.program is not None:
-        told = _record(job, channel, phase=TrainerPhase.SUCCEEDED, message="done")
-        store_of(job).put_bytes(layout.RESULT_FILE, told.encode())
+        _record_end(job, channel, outcome)
     return ExitCode.INTERRUPTED if outcome is Outcome.INTERRUPTED else ExitCode.OK
 
 
@@ -236,7 +251,17 @@ def first_come(job: Job) -> Job:
     return job.model_copy(update={"ranks": job.ranks.model_copy(update={"threads": first["threads"]})})
 
 
+def _record_end(job: Job, channel: Channel, outcome: Outcome) -> None:
+    """The last word of a program; the built-in ranks say it themselves."""
+    if outcome is Outcome.INTERRUPTED:
+        _record(job, channel, phase=TrainerPhase.INTERRUPTED, message="stopped on request")
+        return
+    told = _record(job, channel, phase=TrainerPhase.SUCCEEDED, message="done")
+    store_of(job).put_bytes(layout.RESULT_FILE, told.encode())
+
+
 def _stop_on_signals(channel: Channel, drain_seconds: int) -> None:
+    """Ask the ranks at the first signal, and end the process `drain_seconds` later, or at once where nobody listens."""
     first: list[float] = []
 
     def stop(number: int, _frame: object) -> None:
@@ -247,11 +272,10 @@ def _stop_on_signals(channel: Channel, drain_seconds: int) -> None:
                 os._exit(ExitCode.INTERRUPTED)
             return
         first.append(time.monotonic())
-        log.info(
-            "%s: asking the ranks to commit and stop, for %s s at most", signal.Signals(number).name, drain_seconds
-        )
+        seconds = drain_seconds if channel.listens() else 0
+        log.info("%s: asking the ranks to commit and stop, for %s s at most", signal.Signals(number).name, seconds)
         channel.request_drain()
-        timer = threading.Timer(drain_seconds, os._exit, (ExitCode.INTERRUPTED,))
+        timer = threading.Timer(seconds, os._exit, (ExitCode.INTERRUPTED,))
         timer.daemon = True
         timer.start()
 
@@ -279,16 +303,20 @@ def _record(job: Job, channel: Channel, **changes: Any) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m dsft_trainer run [--runtime ray|torchrun]`, `drain`, or `save`."""
+    """`python -m dsft_trainer run [--runtime ray|torchrun]`, `preflight [--here]`, `drain`, or `save`."""
     match arguments:
         case ["run"]:
             return run("ray")
         case ["run", "--runtime", ("ray" | "torchrun") as runtime]:
             return run(runtime)
+        case ["preflight", *options] if options in ([], ["--here"]):
+            return look_ahead(here=bool(options))
         case ["drain"]:
             return drain()
         case ["save"]:
             return save()
         case _:
-            sys.stderr.write("usage: python -m dsft_trainer run [--runtime ray|torchrun] | drain | save\n")
+            sys.stderr.write(
+                "usage: python -m dsft_trainer run [--runtime ray|torchrun] | preflight [--here] | drain | save\n"
+            )
             return ExitCode.BAD_INPUT

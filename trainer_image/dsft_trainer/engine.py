@@ -22,6 +22,10 @@ from dsft_api.spec import FineTuneSpec
 from dsft_api.spec.identity import OptimizerSpec, ScheduleSpec
 from dsft_trainer.checkpoint.staging import Buffers, Snapshot, StagedFiles
 from dsft_trainer.errors import TrainerError
+from dsft_trainer.frozen import frozen_digest
+
+# Of the weights below adapters, in each rank's model states.
+FROZEN_DIGEST = "dsft_frozen_digest"
 
 
 def deepspeed_config(spec: FineTuneSpec, plan: BatchPlan, *, universal: bool = False) -> dict[str, Any]:
@@ -56,6 +60,9 @@ def lr_factor(schedule: ScheduleSpec, total_steps: int) -> Callable[[int], float
     warmup, floor = schedule.warmup_steps, schedule.min_lr_ratio
 
     def factor(step: int) -> float:
+        if step < warmup and schedule.warmup_type == "log":
+            # DeepSpeed's WarmupLR without its first two steps, in which the rate is 0.
+            return math.log(step + 2) / math.log(warmup + 2)
         if step < warmup:
             return (step + 1) / (warmup + 1)
         done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
@@ -94,10 +101,14 @@ class StepInfo:
 class Engine:
     """DeepSpeed's engine of this rank, and everything else that a checkpoint must hold of it."""
 
-    def __init__(self, deepspeed_engine: Any, model: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self, deepspeed_engine: Any, model: nn.Module, device: torch.device, frozen_digest: str | None = None
+    ) -> None:
         self.deepspeed = deepspeed_engine
         self.model = model
         self.device = device
+        self._frozen_digest = frozen_digest
+        """Of what lies below adapters; None if there are none."""
         self._buffers = Buffers()
 
     @property
@@ -108,6 +119,11 @@ class Engine:
     def forward(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The model's logits."""
         return self.deepspeed(**{name: tensor.to(self.device) for name, tensor in inputs.items()}).logits
+
+    def summed_loss(self, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        """The loss that a model with `chunked_loss.install` gives itself, without logits."""
+        moved = {name: tensor.to(self.device) for name, tensor in {**inputs, "labels": labels}.items()}
+        return self.deepspeed(**moved).loss
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients. DeepSpeed divides by the accumulation steps and averages over ranks."""
@@ -155,7 +171,8 @@ class Engine:
     def stage(self, folder: Path, tag: str) -> StagedFiles:
         """Copy this rank's ZeRO shards and RNG into host memory, and let go of the copies made before. Collective.
 
-        `folder` is for what DeepSpeed puts beside them (a script that a checkpoint does not need); it is removed.
+        Of weights below adapters only a digest: they come from where the model is. `folder` is for what DeepSpeed puts beside
+        them (a script that a checkpoint does not need); it is removed.
         """
         self._buffers.reuse()
         folder.mkdir(parents=True, exist_ok=True)
@@ -164,7 +181,13 @@ class Engine:
         # DeepSpeed's hook for other ways to write: it calls this with each file's content and path.
         self.deepspeed.checkpoint_engine = _Stager(writer, folder / tag, files, self._buffers)
         try:
-            self.deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False)
+            self.deepspeed.save_checkpoint(
+                str(folder),
+                tag=tag,
+                client_state={FROZEN_DIGEST: self._frozen_digest} if self._frozen_digest else {},
+                save_latest=False,
+                exclude_frozen_parameters=self._frozen_digest is not None,
+            )
         finally:
             self.deepspeed.checkpoint_engine = writer
         files[f"rng-{dist.get_rank()}.pt"] = Snapshot.of(self.rng_state(), self._buffers)
@@ -212,7 +235,9 @@ class Engine:
 
     def _load(self, folder: Path, tag: str, **options: bool) -> None:
         self._check_model(folder / tag)
-        path, _ = self.deepspeed.load_checkpoint(str(folder), tag=tag, **options)
+        # Weights below adapters are not there. That nothing trained is missing has just been checked.
+        strict = self._frozen_digest is None
+        path, _ = self.deepspeed.load_checkpoint(str(folder), tag=tag, load_module_strict=strict, **options)
         if path is None:
             raise TrainerError(FailureClass.UNKNOWN, f"DeepSpeed found nothing to load in checkpoint {tag}")
 
@@ -231,10 +256,16 @@ class Engine:
                     f"{here.get(name)} here",
                     "start from a run of the same model",
                 )
+        if states.get(FROZEN_DIGEST, self._frozen_digest) != self._frozen_digest:
+            raise TrainerError(
+                FailureClass.CONFIG_INVALID,
+                f"checkpoint {folder.name} holds adapters of another model: the weights that are not trained differ",
+                "let spec.model name the model that they were trained on, as it was then",
+            )
 
-    def full_state_dict(self) -> dict[str, torch.Tensor]:
-        """All weights gathered, on rank 0's CPU; empty elsewhere. Collective."""
-        return self.deepspeed._zero3_consolidated_16bit_state_dict() or {}
+    def full_state_dict(self, *, trained_only: bool = False) -> dict[str, torch.Tensor]:
+        """All weights, or those that are trained, gathered on rank 0's CPU; empty elsewhere. Collective."""
+        return self.deepspeed._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=trained_only) or {}
 
 
 class _Stager:
@@ -300,4 +331,6 @@ def start_engine(
         raise TrainerError(
             FailureClass.CONFIG_INVALID, f"DeepSpeed runs at ZeRO stage {engine.zero_optimization_stage()}, not {stage}"
         )
-    return Engine(engine, model, device)
+    # Some models freeze weights themselves, such as fixed positions: those stay in the checkpoint.
+    has_adapters = hasattr(model, "peft_config")
+    return Engine(engine, model, device, frozen_digest(model, device) if has_adapters else None)

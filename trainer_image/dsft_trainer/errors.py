@@ -5,10 +5,12 @@ always speak the vocabulary of `dsft_api.conditions`.
 """
 
 import errno
+import os
 import socket
 import traceback
 
 from dsft_api.conditions import ExitCode, FailureClass
+from dsft_api.plain_secrets import without_secrets
 from dsft_api.progress import TrainerFailure
 
 # Of a report; the URI of a deep folder may be longer.
@@ -40,10 +42,10 @@ class TrainerError(Exception):
         return f"{self.failure_class}: {self.message} ({self.remedy})"
 
     def report(self, rank: int | None = None) -> TrainerFailure:
-        """The form that the progress contract carries."""
+        """The form that the progress contract carries, without the secrets of this process: it ends in the resource's status."""
         return TrainerFailure(
             failure_class=self.failure_class,
-            message=self.message[:4096],
+            message=without_secrets(self.message, os.environ)[:4096],
             remedy=self.remedy[:1024],
             exit_code=self.exit_code,
             rank=self.rank if rank is None else rank,

@@ -23,10 +23,11 @@ from dsft_trainer.data.sampler import GlobalBatches, split
 from dsft_trainer.engine import Engine, StepInfo
 from dsft_trainer.errors import TrainerError
 from dsft_trainer.evaluate import Evaluator
-from dsft_trainer.losses import nll
+from dsft_trainer.losses import BatchLoss
 from dsft_trainer.metrics import MetricsLog
 from dsft_trainer.progress import Pace, Reporter, SilentReporter, progress_status
 from dsft_trainer.runtime import Outcome, Place
+from dsft_trainer.stopping import Stopper
 
 # Steps in a row that DeepSpeed did not apply, since a gradient was not finite, before the run counts as diverged.
 MAX_SKIPPED_STEPS = 5
@@ -55,11 +56,12 @@ class Trainer:
     collator: Collator
     evaluator: Evaluator | None
     saver: Saver
+    stopper: Stopper
     schedule: Schedule
     place: Place
     reporter: Reporter | SilentReporter
     metrics: MetricsLog | None
-    task: str
+    loss: BatchLoss
     micro_batch_size: int
     drain_requested: Callable[[], bool]
     requests: SaveRequests
@@ -79,19 +81,44 @@ class Trainer:
         """
         self.engine.train()
         self.pace.pause()
-        for step in range(first_step + 1, self.schedule.total_steps + 1):
+        if self._owes_evaluation(first_step) and (outcome := self._conclude(first_step)) is not None:
+            return outcome
+        # One that had stopped early and was started again, for its export, has nothing left to train.
+        last_step = first_step if self.stopper.stop else self.schedule.total_steps
+        for step in range(first_step + 1, last_step + 1):
             stop, asked = self._train_step(step)
             if self.saver.settleable:
                 self.saver.settle()
                 self._report_checkpoints()
-            metrics = self._evaluate(step) if self.schedule.evaluation_due(step) else {}
-            done = step == self.schedule.total_steps
-            if stop or done:
-                self._save_now(step, metrics)
-                return Outcome.SUCCEEDED if done else Outcome.INTERRUPTED
-            if self.saver.due(step) or asked or self._is_best(metrics):
-                self._save(step, metrics)
+            if (outcome := self._conclude(step, stop=stop, asked=asked)) is not None:
+                return outcome
         return Outcome.SUCCEEDED
+
+    def _owes_evaluation(self, step: int) -> bool:
+        """Whether this step is committed already, but without its evaluation: a start goes on from there."""
+        newest = next(reversed(self.saver.checkpointer.commits), None)
+        is_committed = newest is not None and newest.step == step
+        return is_committed and not newest.metrics and self.schedule.evaluation_due(step)
+
+    def _conclude(self, step: int, *, stop: bool = False, asked: bool = False) -> Outcome | None:
+        """Evaluate and save, if it is time; how the run ends, if it ends after this step.
+
+        A stop waits for no evaluation, which may take longer than `drainSeconds`: the next start makes up for it.
+        """
+        metrics: dict[str, float] | None = {}
+        if self.schedule.evaluation_due(step):
+            metrics = None if stop else self._evaluate(step)
+        if metrics is None:
+            if not self._owes_evaluation(step):
+                self._save_now(step, {})
+            return Outcome.INTERRUPTED
+        done = step == self.schedule.total_steps or self.stopper.stop
+        if stop or done:
+            self._save_now(step, metrics)
+            return Outcome.SUCCEEDED if done else Outcome.INTERRUPTED
+        if self.saver.due(step) or asked or self._is_best(metrics):
+            self._save(step, metrics)
+        return None
 
     def _train_step(self, step: int) -> tuple[bool, bool]:
         """One optimizer step; whether any rank was asked to stop, and whether a checkpoint was asked for."""
@@ -104,7 +131,7 @@ class Trainer:
         tokens = 0
         for i, rows in enumerate(micro_steps):
             batch = self.collator([self.dataset[int(row)] for row in rows])
-            loss = nll(self.task, self.engine.forward(batch.inputs), batch.labels.to(self.engine.device))
+            loss = self.loss(batch)
             self.engine.backward(loss * scale)
             summed += loss.detach()
             tokens += batch.tokens
@@ -158,18 +185,27 @@ class Trainer:
             skipped_steps=self.skipped,
         )
 
-    def _evaluate(self, step: int) -> dict[str, float]:
+    def _evaluate(self, step: int) -> dict[str, float] | None:
+        """The metrics; None if a stop was asked for meanwhile."""
         if self.evaluator is None:
             return {}
         self.reporter.update(phase=TrainerPhase.EVALUATING)
-        metrics = self.evaluator(self.engine)
+        metrics = self.evaluator(self.engine, self._stop_asked)
+        if metrics is None:
+            return None
         if not all(map(math.isfinite, metrics.values())):
             raise TrainerError(FailureClass.DIVERGED, f"the evaluation at step {step} is not finite: {metrics}")
         if self.metrics is not None:
             self.metrics.write("eval", step, metrics)
+        self.stopper.see(metrics)
         self.reporter.update(evaluation=EvaluationStatus(step=step, metrics=metrics))
         self.pace.pause()
         return metrics
+
+    def _stop_asked(self) -> bool:
+        # On a cluster the answer comes with a document.
+        self.reporter.update(now=False)
+        return self.drain_requested()
 
     def _is_best(self, metrics: dict[str, float]) -> bool:
         """Whether this evaluation beats all committed ones, and best checkpoints are kept."""
@@ -204,7 +240,8 @@ class Trainer:
         self._report_checkpoints()
 
     def _point(self, step: int, metrics: dict[str, float]) -> Point:
-        return Point(step, samples=step * self.batches.global_batch_size, epoch=self._epoch(step), metrics=metrics)
+        samples = step * self.batches.global_batch_size
+        return Point(step, samples, self._epoch(step), metrics, self.stopper.patience)
 
     def _report_checkpoints(self) -> None:
         commits = self.saver.checkpointer.commits

@@ -5,10 +5,19 @@ its negative log-likelihoods, and the step divides by the weight of the whole gl
 data set without asking.
 """
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from torch.nn import functional
 
+from dsft_api.spec.identity import Task
+from dsft_trainer.data.collate import Batch
 from dsft_trainer.data.tokens import IGNORED
+from dsft_trainer.engine import Engine
+
+BatchLoss = Callable[[Batch], torch.Tensor]
+"""The summed loss of one micro-batch, for backward. Collective."""
 
 
 def classification_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -25,3 +34,15 @@ def causal_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def nll(task: str, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The task's loss, summed."""
     return causal_nll(logits, labels) if task == "causal-lm" else classification_nll(logits, labels)
+
+
+def batch_loss(engine: Engine, task: Task, kernel: Literal["standard", "chunked"]) -> BatchLoss:
+    """The loss as `execution.lossKernel` computes it; equal but for rounding."""
+
+    def standard(batch: Batch) -> torch.Tensor:
+        return nll(task, engine.forward(batch.inputs), batch.labels.to(engine.device))
+
+    def chunked(batch: Batch) -> torch.Tensor:
+        return engine.summed_loss(batch.inputs, batch.labels)
+
+    return chunked if kernel == "chunked" else standard

@@ -1,4 +1,4 @@
-"""Metrics of one group start: a JSON line per step and evaluation, and TensorBoard events if wanted. Rank 0 only.
+"""Metrics of one group start: a JSON line per step and evaluation, TensorBoard events, trackers. Rank 0 only.
 
 Objects cannot grow, so lines are stored in parts, `metrics/<claim>-<n>.jsonl`, one per upload. A commit is preceded by
 an upload: the line of every committed step is in storage. The thread that saves may upload while the loop writes.
@@ -6,16 +6,20 @@ an upload: the line of every committed step is in storage. The thread that saves
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from dsft_trainer.checkpoint.store import Store
+from dsft_trainer.runtime import Outcome
+from dsft_trainer.trackers import Tracker
 
 
 class MetricsLog:
     """Collects lines and events between uploads."""
 
-    def __init__(self, store: Store, claim: str, folder: Path, *, tensorboard: bool) -> None:
+    def __init__(
+        self, store: Store, claim: str, folder: Path, *, tensorboard: bool, trackers: Iterable[Tracker] = ()
+    ) -> None:
         self._store = store
         self._claim = claim
         self._lines: list[str] = []
@@ -23,6 +27,7 @@ class MetricsLog:
         self._uploading = threading.Lock()
         self._events_folder = folder / "tensorboard"
         self._events = None
+        self._trackers = tuple(trackers)
         if tensorboard:
             # Imported here: it takes half a second, on one rank only.
             from torch.utils.tensorboard.writer import SummaryWriter
@@ -35,6 +40,8 @@ class MetricsLog:
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(f"{kind}/{name}", value, step)
+        for tracker in self._trackers:
+            tracker.write(kind, step, values)
 
     def upload(self) -> None:
         """Bring storage up to date. What could not be stored is kept for the next time."""
@@ -49,8 +56,10 @@ class MetricsLog:
                 for path in self._events_folder.iterdir():
                     self._store.put_bytes(f"tensorboard/{self._claim}/{path.name}", path.read_bytes())
 
-    def close(self) -> None:
-        """Bring storage up to date for the last time."""
+    def close(self, outcome: Outcome | None) -> None:
+        """Bring storage up to date for the last time; trackers are told how it ended, `None` for a failure."""
+        for tracker in self._trackers:
+            tracker.close(outcome)
         self.upload()
         if self._events is not None:
             self._events.close()

@@ -8,11 +8,11 @@ from dsft_api.conditions import FailureClass
 from dsft_api.job import Job
 from dsft_trainer.checkpoint.store import check_writable, store_of
 from dsft_trainer.data.formats import eval_source
-from dsft_trainer.data.prepare import load
-from dsft_trainer.data.sampler import GlobalBatches
+from dsft_trainer.data.prepare import global_batches, load, parts_of
 from dsft_trainer.data.sources import check_model_files, fetch, s3_objects
 from dsft_trainer.errors import TrainerError
-from dsft_trainer.program import check_module
+from dsft_trainer.program import check_modules
+from dsft_trainer.program_source import use_source
 
 REMOTE = ("hf://", "s3://")
 
@@ -24,16 +24,22 @@ def preflight(job: Job, cache: Path) -> None:
         TrainerError: ConfigInvalid, StorageDenied, ModelDenied or DataInvalid, naming field, value and remedy.
     """
     if job.spec.program is None:
-        _check_numbers(job)
+        check_numbers(job)
     check_writable(store_of(job), worked_before=job.attempt > 1)
     if job.spec.program is not None:
-        check_module(job.spec.program)
+        use_source(job)
+        check_modules(job.spec.program)
         return
     _check_model(job, cache / "model")
     _check_data(job, cache / "data")
 
 
-def _check_numbers(job: Job) -> None:
+def check_numbers(job: Job) -> None:
+    """Batch sizes and precision against the ranks and their device.
+
+    Raises:
+        TrainerError: ConfigInvalid.
+    """
     spec = job.spec
     training = spec.workload().training
     try:
@@ -64,14 +70,15 @@ def _check_model(job: Job, cache: Path) -> None:
 
 def _check_chat_template(job: Job, folder: Path) -> None:
     work = job.spec.workload()
-    if work.train.format != "messages" or work.data.chat_template is not None:
+    chats = [field for field, source in work.data.sources() if source.format == "messages"]
+    if not chats or work.data.chat_template is not None:
         return
     config = folder / "tokenizer_config.json"
     in_config = config.is_file() and json.loads(config.read_text()).get("chat_template")
     if not in_config and not (folder / "chat_template.jinja").is_file():
         raise TrainerError(
             FailureClass.DATA_INVALID,
-            "spec.data.train.format is messages, and the model's tokenizer has no chat template",
+            f"{chats[0]}.format is messages, and the model's tokenizer has no chat template",
             "set spec.data.chatTemplate.fromModel to an instruct model, or spec.data.chatTemplate.template",
         )
 
@@ -79,7 +86,7 @@ def _check_chat_template(job: Job, folder: Path) -> None:
 def _check_data(job: Job, cache: Path) -> None:
     """Local files only: what must be downloaded is read once, by the ranks."""
     work = job.spec.workload()
-    sources = [work.train, *filter(None, [eval_source(work.data)])]
+    sources = [*(source for _, source in work.data.sources()), *filter(None, [eval_source(work.data)])]
     if any(source.uri.startswith(REMOTE) for source in sources):
         return
-    GlobalBatches(load(job, cache)["train"].table.num_rows, work.training.global_batch_size, work.training.seed)
+    global_batches(work, [part.table.num_rows for part in parts_of("train", load(job, cache))])

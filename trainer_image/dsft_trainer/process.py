@@ -6,6 +6,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from dsft_api.job import Job
+from dsft_trainer.scratch import scratch_folder
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,9 @@ def prepare_process(job: Job) -> None:
         logging.getLogger(talkative).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.update(rank_environment(job))
+    if job.spec.model is not None and job.spec.model.trust_remote_code:
+        # transformers copies a model's code, looks at it and imports it later: where no other process writes.
+        os.environ["HF_MODULES_CACHE"] = str(scratch_folder(job) / f"model-code-{os.environ['RANK']}")
     import torch
 
     torch.set_num_threads(job.ranks.threads)

@@ -4,13 +4,10 @@ The same on every runtime. Everything that is done once per node or once per run
 others told of its failure (see `collectives.together`).
 """
 
-import hashlib
 import json
 import logging
 import os
 import random
-import shutil
-import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
@@ -28,7 +25,9 @@ from dsft_api.progress import TrainerPhase
 from dsft_api.status import EvaluationStatus, Output
 from dsft_trainer import collectives
 from dsft_trainer.bounded import within
+from dsft_trainer.checkpoint.best import best_commit
 from dsft_trainer.checkpoint.checkpointer import Checkpointer, Identity
+from dsft_trainer.checkpoint.commits import Commit
 from dsft_trainer.checkpoint.listing import Retention, read_claims
 from dsft_trainer.checkpoint.origin import Origin, Pin, open_origin
 from dsft_trainer.checkpoint.requests import SaveRequests
@@ -39,17 +38,24 @@ from dsft_trainer.data.collate import Collator
 from dsft_trainer.data.prepare import Prepared, open_prepared, tokenize_here, write_tokens
 from dsft_trainer.data.sampler import GlobalBatches
 from dsft_trainer.data.sources import fetch
+from dsft_trainer.data.token_cache import TokenCache, discard, key_of
 from dsft_trainer.data.tokens import set_chat_template
 from dsft_trainer.engine import Engine, deepspeed_config, start_engine
 from dsft_trainer.errors import TrainerError, failure_of
 from dsft_trainer.evaluate import Evaluator
 from dsft_trainer.export import export
+from dsft_trainer.interconnect import check_interconnect
 from dsft_trainer.logs import keep_last_lines, log_name, output_files
 from dsft_trainer.loop import Schedule, Trainer
+from dsft_trainer.losses import batch_loss
 from dsft_trainer.metrics import MetricsLog
 from dsft_trainer.model import check_length, load_model, load_tokenizer
+from dsft_trainer.model_checks import check_model
 from dsft_trainer.progress import Pace, Reporter, SilentReporter
 from dsft_trainer.runtime import Outcome, Runtime
+from dsft_trainer.scratch import node_scratch
+from dsft_trainer.stopping import Stopper
+from dsft_trainer.trackers import trackers_of
 from dsft_trainer.versions import versions
 from dsft_trainer.watchdog import ARCHIVE_SECONDS, MARGIN_SECONDS, Watchdog, archived_stacks, hang
 
@@ -81,28 +87,6 @@ def run_rank(job: Job, runtime: Runtime, device: torch.device) -> Outcome:
             failure.evidence = keep_last_lines(job, name, output_files())
         runtime.fail(failure.report(runtime.place.rank))
         raise failure from error
-
-
-class node_scratch:  # noqa: N801  a context manager
-    """A folder of this attempt on this node, the same for all its ranks, gone afterwards."""
-
-    def __init__(self, job: Job) -> None:
-        self._root = Path(os.environ.get("DSFT_SCRATCH", tempfile.gettempdir()))
-        # Equal manifests have equal uids here, whatever storage they run in: keep their folders apart.
-        where = hashlib.sha256(job.storage_prefix.encode()).hexdigest()[:8]
-        self._run = f"dsft-{job.run.uid}-{where}-"
-        # The port tells the starts of the worker group apart: all ranks of one start see the same.
-        self._path = self._root / f"{self._run}a{job.attempt}-{os.environ.get('MASTER_PORT', '0')}"
-
-    def __enter__(self) -> Path:
-        for killed in self._root.glob(f"{self._run}*"):
-            if killed != self._path:
-                shutil.rmtree(killed, ignore_errors=True)
-        self._path.mkdir(parents=True, exist_ok=True)
-        return self._path
-
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self._path, ignore_errors=True)
 
 
 class _Attempt:
@@ -138,22 +122,18 @@ class _Attempt:
             self.reporter.close()
 
     def _run(self) -> Outcome:
+        check_interconnect(self.job, self.device, self.reporter)
         checkpointer = self._begin()
         self.reporter.update(phase=TrainerPhase.LOADING, message="loading model and data")
+        model, storage, cache = self.work.model, self.spec.storage, self.scratch / "model"
         folder = self._once_per_node(
-            lambda: fetch(
-                self.work.model.uri,
-                storage=self.spec.storage,
-                cache=self.scratch / "model",
-                revision=self.work.model.revision,
-                kind="model",
-            )
+            lambda: fetch(model.uri, storage=storage, cache=cache, revision=model.revision, kind="model")
         )
         self.beat()
-        tokenizer = load_tokenizer(folder)
-        data = self._data(tokenizer)
+        tokenizer = load_tokenizer(folder, trust_remote_code=self.work.model.trust_remote_code)
+        data = self._data(folder, tokenizer)
         self.beat()
-        batches = GlobalBatches(len(data.train), self.work.training.global_batch_size, self.work.training.seed)
+        batches = data.batches(self.work)
         schedule = self._schedule(batches, has_eval=data.eval is not None)
         checkpointer.restorer.check_end(schedule.total_steps)
         engine = self._engine(
@@ -169,17 +149,19 @@ class _Attempt:
         if metrics is not None:
             checkpointer.before_commit = metrics.upload
         trainer = self._trainer(engine, data, batches, tokenizer, checkpointer, schedule, metrics)
+        outcome: Outcome | None = None
         try:
             outcome = trainer.run(checkpointer.restorer.first_step)
         finally:
             # Also when it failed: a save that is on its way may still count, and the last lines are those that explain.
             checkpointer.close(self.spec.checkpoint.drain_seconds)
             if metrics is not None:
-                metrics.close()
+                metrics.close(outcome)
         if outcome is Outcome.INTERRUPTED:
             self.reporter.update(phase=TrainerPhase.INTERRUPTED, message="stopped on request; state is committed")
         else:
-            self._finish(engine, tokenizer, checkpointer, schedule.total_steps)
+            message = trainer.stopper.message(checkpointer.commits[-1].step, schedule.total_steps)
+            self._finish(engine, tokenizer, checkpointer, message)
         # The node's scratch folder goes when the first of its ranks leaves: leave together.
         collectives.barrier()
         return outcome
@@ -233,24 +215,24 @@ class _Attempt:
         return lambda: open_origin(pin, weights_only=start is not None and start.mode == "weights", open_=open_)
 
     def _once_per_node(self, action: Callable[[], Path]) -> Path:
-        """Run an action on each node's first rank; the other ranks get the same path afterwards."""
-        path = collectives.together(lambda: action() if self.place.is_first_on_node else None)
+        """Run an action that may take hours on each node's first rank; the other ranks get the same path afterwards."""
+        with self.watchdog.patient():
+            path = collectives.together(lambda: action() if self.place.is_first_on_node else None)
         # Local ranks follow their first one, so the nearest earlier rank that did the work shares this node.
         paths = collectives.gather(path)
         return next(p for p in reversed(paths[: self.place.rank + 1]) if p is not None)
 
-    def _data(self, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    def _data(self, model: Path, tokenizer: PreTrainedTokenizerBase) -> Prepared:
         cache = self.scratch / f"template-{self.place.rank}"
-        collectives.together(
-            lambda: set_chat_template(tokenizer, self.work.data.chat_template, storage=self.spec.storage, cache=cache)
-        )
+        collectives.together(lambda: set_chat_template(tokenizer, self.job, cache))
         folder = self.scratch / "data"
 
         def tokens() -> Path:
             tables = self.runtime.tokenized()
-            return write_tokens(tables, folder) if tables else tokenize_here(self.job, tokenizer, folder)
+            return write_tokens(self.job, tables, folder) if tables else tokenize_here(self.job, tokenizer, folder)
 
-        return open_prepared(self._once_per_node(tokens))
+        kept = TokenCache(self.store, key_of(self.job, model, tokenizer))
+        return open_prepared(self._once_per_node(lambda: kept.tokens(folder, tokens, keeps=self.place.is_first)))
 
     def _schedule(self, batches: GlobalBatches, *, has_eval: bool) -> Schedule:
         per_epoch = batches.steps_per_epoch
@@ -288,12 +270,15 @@ class _Attempt:
             precision=self.work.training.precision,
             attention=self.spec.execution.attention,
             activation_checkpointing=self.spec.execution.activation_checkpointing,
+            loss_kernel=self.spec.execution.loss_kernel,
             pad_token_id=tokenizer.pad_token_id,
+            lora=self.work.training.lora,
         )
-        check_length(model, data.longest)
+        check_length(model, data.positions)
         engine = start_engine(
             model, config, self.work.training.optimizer, self.work.training.schedule, total_steps, self.device
         )
+        check_model(self.spec, engine, model)
         # ... and dropout different.
         seed_everything(self.work.training.seed * 100_003 + self.place.rank + 1)
         return engine
@@ -301,7 +286,10 @@ class _Attempt:
     def _metrics_log(self, claim: str) -> MetricsLog | None:
         if not self.place.is_first:
             return None
-        return MetricsLog(self.store, claim, self.scratch, tensorboard=self.spec.tracking.tensorboard)
+        trackers = trackers_of(self.job, self.scratch, self.store)
+        return MetricsLog(
+            self.store, claim, self.scratch, tensorboard=self.spec.tracking.tensorboard, trackers=trackers
+        )
 
     def _trainer(
         self,
@@ -314,6 +302,7 @@ class _Attempt:
         metrics: MetricsLog | None,
     ) -> Trainer:
         collator = Collator(tokenizer.pad_token_id or 0, self.work.model.task, self.work.data.max_length)
+        loss = batch_loss(engine, self.work.model.task, self.spec.execution.loss_kernel)
         evaluator = None
         if data.eval is not None:
             evaluator = Evaluator(
@@ -321,6 +310,7 @@ class _Attempt:
                 collator,
                 self.place,
                 task=self.work.model.task,
+                loss=loss,
                 num_labels=self.work.model.num_labels or 2,
                 batch_size=self.spec.execution.eval_batch_size,
                 device=self.device,
@@ -336,11 +326,12 @@ class _Attempt:
             collator=collator,
             evaluator=evaluator,
             saver=self._saver(checkpointer, schedule.steps_per_epoch),
+            stopper=Stopper(self.spec.evaluation, checkpointer.restorer.patience),
             schedule=schedule,
             place=self.place,
             reporter=self.reporter,
             metrics=metrics,
-            task=self.work.model.task,
+            loss=loss,
             micro_batch_size=self.spec.execution.micro_batch_size,
             drain_requested=lambda: self.runtime.wishes().drain,
             requests=SaveRequests(lambda: self.runtime.wishes().save, self.runtime.opening.checkpoint_request),
@@ -350,37 +341,38 @@ class _Attempt:
         )
 
     def _finish(
-        self, engine: Engine, tokenizer: PreTrainedTokenizerBase, checkpointer: Checkpointer, total_steps: int
+        self, engine: Engine, tokenizer: PreTrainedTokenizerBase, checkpointer: Checkpointer, message: str
     ) -> None:
         """Export, then write RESULT.json: the run is over when it exists."""
         last = checkpointer.commits[-1]
-        output: Output | None = None
+        exported = best_commit(checkpointer) if self.spec.evaluation.early_stopping else last
         # Whoever claims the run from here on starts from this last commit, and exports the same.
         collectives.on_first(self.place.is_first, checkpointer.check_claim)
-        if self.spec.export.format != "none":
+        exports, weights = self.spec.export.format != "none", None
+        if exports:
             self.reporter.update(phase=TrainerPhase.EXPORTING, message="exporting the model")
-            output = export(
-                self.job,
-                engine,
-                engine.model,  # type: ignore[arg-type]  a PreTrainedModel
-                tokenizer,
-                self.store,
-                self.scratch,
-                step=total_steps,
-                metrics=last.metrics,
-                is_first=self.place.is_first,
-            )
-        if isinstance(self.reporter, Reporter):
-            checkpointer.check_claim()
-            evaluation = EvaluationStatus(step=last.step, metrics=last.metrics) if last.metrics else None
-            self.reporter.update(
-                phase=TrainerPhase.SUCCEEDED,
-                output=output,
-                evaluation=evaluation or self.reporter.progress.evaluation,
-                message="done",
-            )
-            result = self.reporter.progress.to_wire() | {"finishedAt": datetime.now(UTC).isoformat()}
-            self.store.put_bytes(RESULT_FILE, json.dumps(result, indent=1).encode())
+            if exported == last:
+                weights = engine.full_state_dict(trained_only=self.work.training.lora is not None)
+        with self.watchdog.patient():
+            if isinstance(self.reporter, Reporter):
+                output = None
+                if exports:
+                    output = export(self.job, engine.model, tokenizer, self.store, self.scratch, exported, weights)
+                checkpointer.check_claim()
+                self._record_end(self.reporter, last, output, message)
+            collectives.barrier()
+
+    def _record_end(self, reporter: Reporter, last: Commit, output: Output | None, message: str) -> None:
+        evaluation = EvaluationStatus(step=last.step, metrics=last.metrics) if last.metrics else None
+        reporter.update(
+            phase=TrainerPhase.SUCCEEDED,
+            output=output,
+            evaluation=evaluation or reporter.progress.evaluation,
+            message=message,
+        )
+        result = reporter.progress.to_wire() | {"finishedAt": datetime.now(UTC).isoformat()}
+        self.store.put_bytes(RESULT_FILE, json.dumps(result, indent=1).encode())
+        discard(self.store)
 
 
 def _seed(*parts: int) -> int:

@@ -8,8 +8,10 @@
 - {"apiGroups": ["dsft.dev"], "resources": ["deepspeedfinetunes/finalizers"], "verbs": ["update"]}
 # one for each run
 - {"apiGroups": ["ray.io"], "resources": ["rayclusters"], "verbs": ["get", "list", "watch", "create", "delete"]}
+# the look before a RayCluster is made
+- {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["get", "create", "delete"]}
 # why a pod does not start, how a container ended
-- {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]}
+- {"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "watch"]}
 # why KubeRay or the kubelet says no; tell about a run
 - {"apiGroups": [""], "resources": ["events"], "verbs": ["list", "create"]}
 # the Ray token of a cluster; never read
@@ -32,6 +34,9 @@
 - {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["get", "update"], "resourceNames": [{{ include "dsft.leaseName" . | toJson }}]}
 # make that Lease, once
 - {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["create"]}
+{{- end -}}
+
+{{- define "dsft.rootKeyRight" -}}
 # make that root key, once
 - {"apiGroups": [""], "resources": ["secrets"], "verbs": ["create"]}
 {{- end -}}

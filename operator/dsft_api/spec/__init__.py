@@ -30,6 +30,7 @@ from dsft_api.spec.policy import (
     CheckpointPolicy,
     Deadlines,
     ExportSpec,
+    PreflightSpec,
     QueueSpec,
     RetryPolicy,
     TrackingSpec,
@@ -37,7 +38,7 @@ from dsft_api.spec.policy import (
 
 # Frozen once a run began; also what specHash covers.
 IDENTITY_FIELDS = ("model", "data", "training", "evaluation", "program", "storage", "start_from")
-# May change only while the run is Pending, Suspended or Failed. What is in neither group is policy.
+# May change only while the run is Pending, Queued, Suspended or Failed. What is in neither group is policy.
 PLACEMENT_FIELDS = (
     "execution",
     "deepspeed",
@@ -90,6 +91,9 @@ class FineTuneSpec(ApiModel):
     export: ExportSpec = Field(default_factory=ExportSpec, description="The final model.")
     tracking: TrackingSpec = Field(default_factory=TrackingSpec, description="Experiment tracking.")
     suspend: bool = Field(default=False, description="Commit, free the nodes, and wait.")
+    preflight: PreflightSpec = Field(
+        default_factory=PreflightSpec, description="What is looked at before there is a Ray cluster."
+    )
     queue: QueueSpec | None = Field(default=None, description="Queueing by a cluster scheduler.")
     retry: RetryPolicy = Field(default_factory=RetryPolicy, description="Attempts after a failure.")
     deadlines: Deadlines = Field(default_factory=Deadlines, description="Bounds on waiting and running.")
@@ -136,17 +140,17 @@ class FineTuneSpec(ApiModel):
     def train_sources(self) -> Iterator[DatasetSource]:
         """All training data sets, in manifest order."""
         if self.data is not None:
-            yield from (self.data.train,) if self.data.train else (self.data.mixture or ())
+            yield from (source for _, source in self.data.sources())
 
     def workload(self) -> "Workload":
         """Model, data and training of a run that brings no program of its own.
 
         Raises:
-            ValueError: if the run is a program or a mixture, which have none.
+            ValueError: if the run is a program, which has none.
         """
-        if self.model is None or self.data is None or self.training is None or self.data.train is None:
-            raise ValueError("spec.program and spec.data.mixture have no built-in workload")
-        return Workload(self.model, self.data, self.training, self.data.train)
+        if self.model is None or self.data is None or self.training is None:
+            raise ValueError("spec.program has no built-in workload")
+        return Workload(self.model, self.data, self.training)
 
 
 @dataclass(frozen=True)
@@ -156,4 +160,3 @@ class Workload:
     model: ModelSpec
     data: DataSpec
     training: TrainingSpec
-    train: DatasetSource

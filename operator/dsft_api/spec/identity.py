@@ -1,5 +1,6 @@
 """What is trained: model, data, optimisation. These fields are the run's identity, frozen once it began."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -9,6 +10,8 @@ from dsft_api.base import ApiModel, FreeForm, ObjectName, Rule, Uri
 Task = Literal["causal-lm", "sequence-classification"]
 DataFormat = Literal["classification", "pair", "text", "prompt_completion", "messages"]
 Metric = Literal["loss", "perplexity", "accuracy", "f1"]
+ALL_LINEAR = "all-linear"
+TARGETS_PATTERN = rf"^({ALL_LINEAR}|[A-Za-z0-9_.]+(, ?[A-Za-z0-9_.]+)*)$"
 
 
 class ModelSpec(ApiModel):
@@ -26,7 +29,7 @@ class ModelSpec(ApiModel):
     )
     trust_remote_code: bool = Field(
         default=False,
-        description="Run Python code that the model repository carries. Refused unless the admin allows the model.",
+        description="Run the Python code that the model's repository carries. On a cluster only if the admin allows the model.",
     )
 
     rules = (
@@ -92,7 +95,12 @@ class EvalSource(ApiModel):
 class WeightedDataset(DatasetSource):
     """One member of a mixture."""
 
-    weight: float = Field(default=1.0, gt=0, description="Relative share of samples drawn from this data set.")
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        le=1_000_000,
+        description="Share of the samples of an epoch that this data set gives, relative to the weights of the others.",
+    )
 
 
 class ConfigMapKey(ApiModel):
@@ -128,13 +136,20 @@ class ChatTemplate(ApiModel):
             raise ValueError("set exactly one of fromModel, template and configMapRef")
         return self
 
+    @property
+    def model_uri(self) -> str | None:
+        """Where `from_model` is."""
+        return f"hf://{self.from_model}" if self.from_model and "://" not in self.from_model else self.from_model
+
 
 class DataSpec(ApiModel):
     """The data of the run, and how it becomes tokens."""
 
     train: DatasetSource | None = Field(default=None, description="The training data.")
     mixture: Annotated[tuple[WeightedDataset, ...], Field(min_length=2, max_length=32)] | None = Field(
-        default=None, description="Several weighted training data sets, instead of train."
+        default=None,
+        description="Several weighted training data sets, instead of train. An epoch has as many samples as all of them "
+        "together; each gives its share, and goes through its own rows once before any of them comes again.",
     )
     eval: EvalSource | None = Field(default=None, description="The evaluation data. Default: none, so no evaluation.")
     eval_fraction: float | None = Field(
@@ -153,7 +168,9 @@ class DataSpec(ApiModel):
         default=512, ge=8, le=1_048_576, description="Longest sequence in tokens; longer rows are cut."
     )
     packing: bool = Field(
-        default=False, description="Put several short rows into one sequence, kept apart by the mask."
+        default=False,
+        description="Put several short rows into one sequence of up to maxLength tokens, kept apart by positions and mask. "
+        "causal-lm only. A sample, as globalBatchSize and epochs count them, is then such a sequence.",
     )
     loader: Literal["torch", "ray-data"] = Field(
         default="torch",
@@ -173,6 +190,13 @@ class DataSpec(ApiModel):
             raise ValueError("set only one of eval and evalFraction")
         return self
 
+    def sources(self) -> Iterator[tuple[str, DatasetSource]]:
+        """Every training data set with its field, in manifest order."""
+        if self.train is not None:
+            yield "spec.data.train", self.train
+        for index, member in enumerate(self.mixture or ()):
+            yield f"spec.data.mixture[{index}]", member
+
 
 class OptimizerSpec(ApiModel):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101). Biases and norm weights are not decayed."""
@@ -187,20 +211,40 @@ class OptimizerSpec(ApiModel):
 
 
 class ScheduleSpec(ApiModel):
-    """Learning rate over steps: linear warm-up to the peak, then the named decay to minLrRatio times the peak."""
+    """Learning rate over steps: warm-up to the peak, then the named decay to minLrRatio times the peak."""
 
     type: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="Shape after the warm-up.")
-    warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up.")
+    warmup_steps: int = Field(default=0, ge=0, description="Steps of the warm-up.")
+    warmup_type: Literal["linear", "log"] = Field(
+        default="linear",
+        description="How the learning rate rises in them: in a line, or with the logarithm of the step, fast at first, as "
+        "DeepSpeed's WarmupLR has it by default.",
+    )
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1, description="Final learning rate as a share of the peak.")
 
 
 class LoraSpec(ApiModel):
-    """Low-rank adaptation (arXiv 2106.09685)."""
+    """Low-rank adaptation (arXiv 2106.09685): the pretrained weights are frozen, and small updates of them are trained."""
 
     rank: int = Field(default=16, ge=1, le=1024, description="Rank of the update.")
     alpha: int = Field(default=32, ge=1, description="Scale of the update, divided by the rank.")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
-    target_modules: str = Field(default="all-linear", max_length=1024, description="Modules that get an adapter.")
+    target_modules: str = Field(
+        default=ALL_LINEAR,
+        pattern=TARGETS_PATTERN,
+        max_length=1024,
+        description="Modules that get an adapter: names of linear layers, separated by commas (q_proj,v_proj), or "
+        f"{ALL_LINEAR} for all but the output layer. The head of a classifier is trained in full.",
+    )
+    use_dora: bool = Field(
+        default=False,
+        description="Train the magnitude of each weight apart from its direction (DoRA, arXiv 2402.09353).",
+    )
+
+    @property
+    def name(self) -> str:
+        """As the papers call it."""
+        return "DoRA" if self.use_dora else "LoRA"
 
 
 class TrainingSpec(ApiModel):
@@ -209,7 +253,10 @@ class TrainingSpec(ApiModel):
     epochs: float | None = Field(default=None, gt=0, le=1000, description="Passes over the training data; or maxSteps.")
     max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps in all; or epochs.")
     global_batch_size: int = Field(
-        ge=1, le=1_048_576, description="Samples per optimizer step over all ranks. Stays the same on other hardware."
+        ge=1,
+        le=1_048_576,
+        description="Samples per optimizer step over all ranks: rows, or sequences where data.packing is true. "
+        "Stays the same on other hardware.",
     )
     optimizer: OptimizerSpec = Field(description="The optimizer.")
     schedule: ScheduleSpec = Field(default_factory=ScheduleSpec, description="The learning-rate schedule.")
@@ -228,7 +275,7 @@ class TrainingSpec(ApiModel):
 
 
 class EarlyStopping(ApiModel):
-    """Stop when the metric no longer gets better."""
+    """Stop when the metric no longer gets better. Counted over restarts."""
 
     patience: int = Field(default=3, ge=1, description="Evaluations without an improvement before the run stops.")
     min_delta: float = Field(default=0.0, ge=0, description="Smallest change that counts as an improvement.")
@@ -246,7 +293,11 @@ class EvaluationSpec(ApiModel):
     mode: Literal["min", "max"] | None = Field(
         default=None, description="Whether smaller or larger is better. Default: by the metric."
     )
-    early_stopping: EarlyStopping | None = Field(default=None, description="Stop early.")
+    early_stopping: EarlyStopping | None = Field(
+        default=None,
+        description="Stop early. The exported model is then that of the best checkpoint by the metric, also if the run "
+        "trains to its end; needs checkpoint.keepBest.",
+    )
 
     @property
     def larger_is_better(self) -> bool:
@@ -255,23 +306,65 @@ class EvaluationSpec(ApiModel):
         return mode == "max"
 
 
-class ProgramSource(ApiModel):
-    """Where the user's code comes from, when it is not in the image."""
+FUNCTION = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 
-    git: str | None = Field(default=None, max_length=1024, description="URL of a Git repository.")
-    rev: str | None = Field(default=None, max_length=128, description="Commit in it.")
-    archive: Uri | None = Field(default=None, description="A .tar.gz or .zip in storage.")
-    digest: str | None = Field(default=None, max_length=80, description="sha256:... of the archive.")
+
+class ProgramSource(ApiModel):
+    """Where the user's code comes from, when it is not in the image: an archive in storage, or a Git commit."""
+
+    git: str | None = Field(
+        default=None,
+        pattern=r"^https?://[^/@$\s]+/[^?#$\s]+$",
+        max_length=1024,
+        description="URL of a Git repository, whose root is put first on Python's path. For a private one give GIT_TOKEN from a "
+        "Secret in spec.env.",
+    )
+    rev: str | None = Field(
+        default=None, pattern=r"^[0-9a-f]{40}$", max_length=40, description="Commit in it: its whole id."
+    )
+    archive: str | None = Field(
+        default=None,
+        pattern=r"^(s3|file)://.+\.(tar\.gz|tgz|zip)$",
+        max_length=1024,
+        description="A .tar.gz, .tgz or .zip of files and folders, at s3:// or file://. Its root is put first on Python's path.",
+    )
+    digest: str | None = Field(
+        default=None,
+        pattern=r"^sha256:[0-9a-f]{64}$",
+        max_length=71,
+        description="sha256:... of the archive, as sha256sum tells it.",
+    )
+
+    rules = (
+        Rule("has(self.git) != has(self.archive)", "set exactly one of archive and git"),
+        Rule("has(self.archive) == has(self.digest)", "archive needs digest, and digest archive"),
+        Rule("has(self.git) == has(self.rev)", "git needs rev, and rev git"),
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.git is None) == (self.archive is None):
+            raise ValueError("set exactly one of archive and git")
+        if (self.archive is None) != (self.digest is None):
+            raise ValueError("archive needs digest, and digest archive")
+        if (self.git is None) != (self.rev is None):
+            raise ValueError("git needs rev, and rev git")
+        return self
 
 
 class ProgramSpec(ApiModel):
     """Your own DeepSpeed code, instead of model, data and training."""
 
-    entrypoint: str = Field(
-        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", max_length=256, description="MODULE:FUNCTION, called on each rank."
-    )
+    entrypoint: str = Field(pattern=FUNCTION, max_length=256, description="MODULE:FUNCTION, called on each rank.")
     config: FreeForm = Field(
         default_factory=dict[str, object], description="Passed to the function as its only argument."
+    )
+    datasets: str | None = Field(
+        default=None,
+        pattern=FUNCTION,
+        max_length=256,
+        description="MODULE:FUNCTION, called once with the same config before the ranks start: a dict of Ray Data's datasets, of "
+        "which each rank gets its part by ray.train.get_dataset_shard(NAME).",
     )
     source: ProgramSource | None = Field(default=None, description="Where the code comes from. Default: the image.")
 

@@ -1,4 +1,4 @@
-"""How the run fits its hardware and where it runs. May change while the run is Pending, Suspended or Failed."""
+"""How the run fits its hardware and where it runs. May change while the run is Pending, Queued, Suspended or Failed."""
 
 from typing import Annotated, Literal, Self
 
@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from dsft_api.base import (
     ApiModel,
+    ConfigKey,
     DnsLabel,
     FreeForm,
     Labels,
@@ -20,9 +21,15 @@ from dsft_api.base import (
 class InterconnectSpec(ApiModel):
     """What the network between nodes must deliver."""
 
-    profile: Literal["tcp", "efa", "infiniband", "roce"] = Field(default="tcp", description="Kind of network.")
+    profile: DnsLabel = Field(
+        default="tcp",
+        description="Kind of network, by a row of the operator's settings: variables, devices and volumes of the workers.",
+    )
     min_all_gather_gbps: float | None = Field(
-        default=None, gt=0, alias="minAllGatherGBps", description="Refuse to train below this all-gather rate, GB/s."
+        default=None,
+        gt=0,
+        alias="minAllGatherGBps",
+        description="Refuse to train below this all-gather rate, GB/s of bus bandwidth. Default: that of the profile.",
     )
 
 
@@ -41,7 +48,9 @@ class ExecutionSpec(ApiModel):
         default="sdpa", description="Attention implementation of transformers."
     )
     loss_kernel: Literal["standard", "chunked"] = Field(
-        default="standard", description="Cross entropy over whole logits, or in chunks for large vocabularies."
+        default="standard",
+        description="Cross entropy over whole logits, or (causal-lm only) chunk by chunk: far less memory for large "
+        "vocabularies, and the head is computed twice.",
     )
     interconnect: InterconnectSpec | None = Field(default=None, description="Demands on the network.")
 
@@ -161,14 +170,14 @@ class SecretKey(ApiModel):
     """One key of a Secret in the resource's namespace."""
 
     name: ObjectName = Field(description="Name of the Secret.")
-    key: str = Field(max_length=253, description="Key in it.")
+    key: ConfigKey = Field(description="Key in it.")
 
 
 class EnvConfigMapKey(ApiModel):
     """One key of a ConfigMap in the resource's namespace."""
 
     name: ObjectName = Field(description="Name of the ConfigMap.")
-    key: str = Field(max_length=253, description="Key in it.")
+    key: ConfigKey = Field(description="Key in it.")
 
 
 class EnvSource(ApiModel):
@@ -246,7 +255,7 @@ class CaBundle(ApiModel):
     """Certificates of a private CA for the storage endpoint."""
 
     config_map_name: ObjectName = Field(description="Name of the ConfigMap.")
-    key: str = Field(default="ca.crt", max_length=253, description="Key in it.")
+    key: ConfigKey = Field(default="ca.crt", description="Key in it.")
 
 
 class StorageSpec(ApiModel):
@@ -255,10 +264,12 @@ class StorageSpec(ApiModel):
     uri: Uri | None = Field(
         default=None, description="s3://BUCKET/PREFIX or file:///FOLDER. Default: the operator's; locally ./runs."
     )
-    endpoint_url: Annotated[str, Field(pattern=r"^https?://[^/@]+(/.*)?$", max_length=512)] | None = Field(
+    endpoint_url: Annotated[str, Field(pattern=r"^https?://[^/@$\s]+(/[^$\s]*)?$", max_length=512)] | None = Field(
         default=None, description="Endpoint of an S3-compatible server. Default: AWS."
     )
-    region: str | None = Field(default=None, max_length=64, description="Region. Default: the environment's.")
+    region: str | None = Field(
+        default=None, pattern=r"^[a-zA-Z0-9-]+$", max_length=64, description="Region. Default: the environment's."
+    )
     credentials: StorageCredentials | None = Field(
         default=None, description="Static keys. Default: the identity of the ServiceAccount or environment."
     )

@@ -54,10 +54,14 @@ class CheckpointPolicy(ApiModel):
 
 
 class PushToHub(ApiModel):
-    """Upload of the exported model to the Hugging Face Hub."""
+    """Upload of the exported model to the Hugging Face Hub; the token comes from env HF_TOKEN."""
 
-    repo_id: str = Field(max_length=128, description="ORG/NAME.")
-    private: bool = Field(default=True, description="Make the repository private.")
+    repo_id: str = Field(
+        pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$",
+        max_length=128,
+        description="ORG/NAME. Made if there is none.",
+    )
+    private: bool = Field(default=True, description="Make a new repository private.")
 
 
 class ExportSpec(ApiModel):
@@ -66,14 +70,19 @@ class ExportSpec(ApiModel):
     format: Literal["safetensors", "none"] = Field(
         default="safetensors", description="safetensors: weights, tokenizer, config, model card. none: no export."
     )
-    merge_lora: bool = Field(default=True, description="Merge adapters into the exported weights.")
+    merge_lora: bool = Field(
+        default=True,
+        description="With training.lora: export the model with its adapters merged in. false: the adapter alone, for peft.",
+    )
     push_to_hub: PushToHub | None = Field(default=None, description="Also upload it.")
 
 
 class MlflowSpec(ApiModel):
-    """MLflow tracking."""
+    """MLflow tracking; credentials come from env MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and _PASSWORD."""
 
-    tracking_uri: str = Field(max_length=512, description="Tracking server.")
+    tracking_uri: str = Field(
+        pattern=r"^https?://[^/@$\s]+(/[^$\s]*)?$", max_length=512, description="Tracking server: http(s)://HOST."
+    )
     experiment: str | None = Field(
         default=None, max_length=256, description="Experiment. Default: the run's namespace."
     )
@@ -94,12 +103,27 @@ class TrackingSpec(ApiModel):
     wandb: WandbSpec | None = Field(default=None, description="Weights & Biases.")
 
 
+class PreflightSpec(ApiModel):
+    """What is looked at before there is a Ray cluster."""
+
+    enabled: bool = Field(
+        default=True,
+        description="Have a short pod without GPUs look at storage, model, data and disks first, with the run's own identity. "
+        "What it finds refuses the run before nodes are held.",
+    )
+
+
 class QueueSpec(ApiModel):
     """Queueing by a cluster scheduler."""
 
-    name: ObjectName = Field(description="Local queue.")
-    priority_class: ObjectName | None = Field(default=None, description="Workload priority class.")
-    scheduler: Literal["kueue", "volcano", "yunikorn", "kai"] = Field(default="kueue", description="The scheduler.")
+    name: ObjectName = Field(description="LocalQueue of the namespace (Kueue), or queue of another scheduler.")
+    priority_class: ObjectName | None = Field(
+        default=None,
+        description="WorkloadPriorityClass (Kueue), or PriorityClass (volcano, kai). With yunikorn: that of nodePools.",
+    )
+    scheduler: Literal["kueue", "volcano", "yunikorn", "kai"] = Field(
+        default="kueue", description="Who decides. All but Kueue must be the batch scheduler of KubeRay."
+    )
 
 
 class RetryPolicy(ApiModel):
@@ -114,11 +138,12 @@ class RetryPolicy(ApiModel):
 class Deadlines(ApiModel):
     """Bounds on waiting and running, in seconds. Absent: no bound, but for stallSeconds."""
 
-    queue_seconds: int | None = Field(default=None, ge=1, description="Waiting in the queue, per attempt.")
+    queue_seconds: int | None = Field(default=None, ge=1, description="Waiting in Kueue's queue, per attempt.")
     provision_seconds: int | None = Field(default=None, ge=1, description="Waiting for nodes and images, per attempt.")
     run_seconds: int | None = Field(default=None, ge=1, description="Training time in all.")
     stall_seconds: int = Field(
         default=1800,
         ge=10,
-        description="Longest time without a finished step, save or evaluation batch, but at least that of 20 steps; then exit 7.",
+        description="Longest time without a finished step, save or evaluation batch, but at least that of 20 steps; then exit 7. "
+        "A day while the model is fetched, the data becomes tokens, or the export is written.",
     )

@@ -11,10 +11,12 @@ from typing import Any, TypeVar
 import aiohttp
 from kubernetes.aio.client.exceptions import ApiException
 
-from dsft_operator.ports import Conflict, KubeError
+from dsft_operator.ports import Conflict, KubeError, Refused
 
 # aiohttp's errors are OSErrors only in part: a connection that the server closes, as at its restart, is none.
 SILENCE = (TimeoutError, OSError, aiohttp.ClientError)
+# No right, or an admission policy: what it makes of the same request does not change by itself.
+DEFINITE = (400, 403, 405, 422)
 T = TypeVar("T")
 
 
@@ -57,7 +59,13 @@ async def unless_there(call: Awaitable[Any]) -> None:
 
 def refused(error: ApiException) -> KubeError:
     """An answer that is a refusal, in the API server's words."""
-    return KubeError(f"the API server answered {error.status}: {_words(error)}")
+    return answered(error.status, _words(error))
+
+
+def answered(status: int | None, words: str) -> KubeError:
+    """An answer of this HTTP status that is none of those that were waited for."""
+    kind = Refused if status in DEFINITE else KubeError
+    return kind(f"the API server answered {status}: {words}")
 
 
 def _words(error: ApiException) -> str:

@@ -19,13 +19,14 @@ from kubernetes.aio.client.exceptions import ApiException
 
 from dsft_api import API_VERSION, KIND
 from dsft_api.status import FineTuneStatus
-from dsft_operator.adapters import kueue
 from dsft_operator.adapters.answers import SILENCE, done, found, refused, unless_there
+from dsft_operator.adapters.preflights import Preflights
 from dsft_operator.adapters.reading import Judge, cluster_of, pod_of, run_of, trouble_of, warnings_of
 from dsft_operator.adapters.recorder import event
+from dsft_operator.adapters.workloads import Workloads
 from dsft_operator.config import OperatorConfig
 from dsft_operator.core import naming
-from dsft_operator.core.observed import Cluster, Pod, Queueing, Run, Warned
+from dsft_operator.core.observed import Cluster, Pod, PreflightJob, Queueing, Run, Warned
 from dsft_operator.core.pods import run_labels
 from dsft_operator.core.raycluster import cluster_reference
 from dsft_operator.ports import Key, KubeError, KubeRayMissing, Manifest
@@ -51,6 +52,8 @@ class KubeApi:
         self._objects = client.CustomObjectsApi(api)
         self._core = client.CoreV1Api(api)
         self._networking = client.NetworkingV1Api(api)
+        self._preflights = Preflights(api)
+        self._workloads = Workloads(api)
         self._root_key: bytes | None = None
 
     async def run(self, key: Key) -> Run | None:
@@ -96,6 +99,9 @@ class KubeApi:
             raise KubeError(f"the API server did not answer: {error!r}") from error
         return cluster_of(cast("dict[str, Any]", raw), run_uid)
 
+    async def preflight(self, key: Key, name: str, run_uid: str) -> PreflightJob | None:
+        return await self._preflights.read(key, name, run_uid)
+
     async def pods(self, key: Key, cluster: str) -> tuple[Pod, ...]:
         # As plain JSON: the client's typed models cost milliseconds per pod.
         response = await done(
@@ -109,25 +115,7 @@ class KubeApi:
         return tuple(pod_of(item) for item in raw["items"])
 
     async def queueing(self, key: Key, cluster_uid: str) -> Queueing | None:
-        for version in kueue.VERSIONS:
-            try:
-                listed = await self._objects.list_namespaced_custom_object(
-                    kueue.GROUP,
-                    version,
-                    key.namespace,
-                    "workloads",
-                    label_selector=f"{kueue.JOB_UID_LABEL}={cluster_uid}",
-                    _request_timeout=TIMEOUT_SECONDS,
-                )
-            except ApiException as error:
-                if error.status != 404:
-                    raise refused(error) from error
-                continue
-            except SILENCE as error:
-                raise KubeError(f"the API server did not answer: {error!r}") from error
-            workloads = cast("dict[str, Any]", listed)["items"]
-            return kueue.queueing_of(workloads[0]) if workloads else None
-        return kueue.MISSING
+        return await self._workloads.queueing(key.namespace, cluster_uid)
 
     async def warnings(self, key: Key, uid: str) -> tuple[Warned, ...]:
         response = await done(
@@ -165,6 +153,8 @@ class KubeApi:
                     field_manager=FIELD_MANAGER,
                     _request_timeout=TIMEOUT_SECONDS,
                 )
+            case "Job":
+                made = self._preflights.create(manifest)
             case "NetworkPolicy":
                 made = self._networking.create_namespaced_network_policy(
                     namespace, cast("Any", manifest), field_manager=FIELD_MANAGER, _request_timeout=TIMEOUT_SECONDS
@@ -218,6 +208,9 @@ class KubeApi:
                 raise refused(error) from error
         except SILENCE as error:
             raise KubeError(f"the API server did not answer: {error!r}") from error
+
+    async def delete_job(self, key: Key, name: str, uid: str) -> None:
+        await self._preflights.delete(key, name, uid)
 
     async def set_finalizer(self, run: Run, *, present: bool) -> str:
         others = [finalizer for finalizer in run.finalizers if finalizer != naming.FINALIZER]

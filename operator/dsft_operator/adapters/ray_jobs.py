@@ -1,6 +1,7 @@
 """The Jobs API and the log folder of a Ray head, over HTTP (Ray 2.60; a job's driver runs where the dashboard is).
 
-The head belongs to a tenant: replies are cut at MAX_BYTES, bounded in time, parsed strictly, and redirects are not followed.
+The head belongs to a tenant: replies are cut at MAX_BYTES, bounded in time, parsed strictly, and redirects are not
+followed. Whatever it answers, what comes of it is an `Unknown` of this one run.
 """
 
 import asyncio
@@ -9,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 import aiohttp
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from dsft_api.progress import PROGRESS_FILE, Progress
 from dsft_operator.core.decision import SubmitJob
@@ -17,6 +18,12 @@ from dsft_operator.core.observed import Head, RayJob, Unknown
 from dsft_operator.ports import RayError
 
 MAX_BYTES = 2 * 2**20
+# A few kilobytes are usual, and all of it may come into the status, for which etcd has 1.5 MiB.
+MAX_PROGRESS = 2**18
+# What Kubernetes keeps as an integer: a status with a larger one would be refused, again and again.
+_MAX_INT = 2**63 - 1
+# Sums of several stay finite.
+_MAX_FLOAT = 1e100
 # Ray answers 500 with a traceback; these are its words (dashboard/modules/job/job_manager.py).
 _DUPLICATE = "already exists"
 _DUPLICATE_REMEDY = "use a different submission_id"
@@ -57,8 +64,8 @@ class RayJobsHttp:
         if isinstance(reply, Unknown):
             return reply
         try:
-            version = _Version.model_validate_json(reply.text)
-        except ValidationError:
+            version = _Version.model_validate(_document(reply.text))
+        except ValueError:
             return Unknown(f"/api/version answered {reply.status}: {reply.text[:200]}")
         return Head(session=version.session_name, ray_version=version.ray_version)
 
@@ -69,7 +76,7 @@ class RayJobsHttp:
         if reply.status == 404:
             return None
         try:
-            job = _Job.model_validate_json(reply.text)
+            job = _Job.model_validate(_document(reply.text))
             return RayJob(
                 submission_id=submission_id,
                 state=job.status,
@@ -78,7 +85,7 @@ class RayJobsHttp:
                 exit_code=job.driver_exit_code,
                 ended=datetime.fromtimestamp(job.end_time / 1000, UTC) if job.end_time else None,
             )
-        except (ValidationError, ValueError):
+        except (ValueError, OverflowError, OSError):
             return Unknown(f"/api/jobs answered {reply.status}: {reply.text[:200]}")
 
     async def submit(self, address: str, token: str, job: SubmitJob) -> None:
@@ -113,9 +120,11 @@ class RayJobsHttp:
             return reply
         if reply.status != 200:
             return None
+        if len(reply.text) > MAX_PROGRESS:
+            return Unknown(f"the progress document has {len(reply.text)} characters, and {MAX_PROGRESS} is the most")
         try:
-            return Progress.model_validate_json(reply.text[reply.text.index("{") :])
-        except (ValidationError, ValueError):
+            return Progress.model_validate(_document(reply.text[reply.text.index("{") :]))
+        except ValueError:
             return None if not reply.text.strip("\x00\x01 \n") else Unknown(f"no progress document: {reply.text[:200]}")
 
     async def _ask(
@@ -130,7 +139,7 @@ class RayJobsHttp:
                 content = await response.content.read(MAX_BYTES + 1)
                 while len(content) <= MAX_BYTES and (more := await response.content.read(MAX_BYTES + 1 - len(content))):
                     content += more
-        except (TimeoutError, aiohttp.ClientError, asyncio.IncompleteReadError) as error:
+        except (TimeoutError, aiohttp.ClientError, asyncio.IncompleteReadError, ValueError) as error:
             return Unknown(f"{path.partition('?')[0]}: {type(error).__name__}: {error}"[:300])
         if len(content) > MAX_BYTES:
             return Unknown(f"{path.partition('?')[0]}: the answer is larger than {MAX_BYTES} bytes")
@@ -142,8 +151,38 @@ class RayJobsHttp:
 def _head_node(text: str) -> str | None:
     """The hex id of the head among `/api/v0/nodes`."""
     try:
-        rows = json.loads(text)["data"]["result"]["result"]
+        rows = _document(text)["data"]["result"]["result"]
         ids = [row["node_id"] for row in rows if row.get("is_head_node") and row.get("state") == "ALIVE"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return next((node for node in ids if isinstance(node, str) and node.isalnum()), None)
+
+
+def _document(text: str) -> Any:
+    """JSON with numbers that Kubernetes can keep.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    try:
+        return json.loads(text, parse_int=_bounded, parse_float=_finite, parse_constant=_no_number)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
+def _bounded(digits: str) -> int:
+    number = int(digits)
+    if abs(number) > _MAX_INT:
+        raise ValueError(f"{digits[:20]}... is no number of 64 bits")
+    return number
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if abs(number) > _MAX_FLOAT:
+        raise ValueError(f"{digits[:20]} is too large")
+    return number
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")

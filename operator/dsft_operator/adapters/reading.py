@@ -18,15 +18,21 @@ from dsft_api.spec import IDENTITY_FIELDS, FineTuneSpec
 from dsft_api.status import FineTuneStatus
 from dsft_operator.config import OperatorConfig
 from dsft_operator.core import naming
+from dsft_operator.core.confinement import bounded, confinement_problems
+from dsft_operator.core.interconnect import profile_problems, with_floor
 from dsft_operator.core.observed import Cluster, Ended, Pod, Run, Warned
 from dsft_operator.core.pods import pod_problems
 from dsft_operator.core.submission import too_large
+from dsft_operator.tenant_policy import policy_for
 
 Json = Mapping[str, Any]
 
 # Those that run are few; those that have ended are looked at once per resync.
 MAX_JUDGED = 512
+MAX_DEPTH = 64
 
+# What spec.managedBy of a RayCluster says where KubeRay itself looks after it.
+KUBERAY = "ray.io/kuberay-operator"
 RAY_CONTAINERS = ("ray-head", "ray-worker")
 # Reasons of a failed pod, by the kubelet, that are not the pod's own doing (Kubernetes 1.29 and later add DisruptionTarget).
 _DISRUPTIONS = ("Evicted", "Preempting", "Terminated", "NodeShutdown", "Shutdown", "NodeLost")
@@ -89,6 +95,10 @@ def run_of(raw: Json, config: OperatorConfig, judge: Judge | None = None) -> Run
 
 
 def _judged(raw: Json, config: OperatorConfig) -> Judgement:
+    if _is_deep(raw.get("spec")):
+        return Judgement(
+            None, None, (Problem("spec", f"is nested deeper than {MAX_DEPTH} levels", "write it flatter"),)
+        )
     try:
         resource = DeepSpeedFineTune.model_validate({k: v for k, v in raw.items() if k != "status"})
     except ValidationError as error:
@@ -98,8 +108,33 @@ def _judged(raw: Json, config: OperatorConfig) -> Judgement:
         )
         return Judgement(None, None, problems)
     given = resource.spec
-    problems = (*check(resource), *pod_problems(given), *too_large(given), *_lacking(given, config))
-    return Judgement(with_defaults(given, config), spec_hash(given), problems, tuple(_unknown_fields(raw["spec"])))
+    namespace = raw["metadata"]["namespace"]
+    policy = policy_for(namespace, config.policies)
+    # What is too large is not looked at any further: that takes time from all others.
+    problems = tuple(too_large(given)) or (
+        *check(resource),
+        *pod_problems(given),
+        *confinement_problems(given, policy, namespace, config.gpu_resource),
+        *profile_problems(given, config),
+        *_lacking(given, config),
+    )
+    spec = with_floor(bounded(with_defaults(given, config), policy), config)
+    return Judgement(spec, spec_hash(given), problems, tuple(_unknown_fields(raw["spec"])))
+
+
+def _is_deep(value: object) -> bool:
+    """Whether it nests deeper than anything that anybody means. Without recursion, which is what it is there for."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [inner for outer in level for inner in _inner(outer)]
+    return bool(level)
+
+
+def _inner(value: object) -> Iterator[object]:
+    if isinstance(value, dict):
+        yield from cast("dict[str, object]", value).values()
+    elif isinstance(value, list):
+        yield from cast("list[object]", value)
 
 
 def _unknown_fields(spec: Json) -> Iterator[str]:
@@ -175,6 +210,7 @@ def _present(value: Any) -> Any:
 def cluster_of(raw: Json, run_uid: str) -> Cluster:
     """A RayCluster as KubeRay keeps it."""
     meta: Json = raw["metadata"]
+    spec: Json = raw.get("spec") or {}
     status: Json = raw.get("status") or {}
     conditions = {condition["type"]: condition for condition in status.get("conditions", ())}
     head: Json = conditions.get("HeadPodReady", {})
@@ -187,7 +223,7 @@ def cluster_of(raw: Json, run_uid: str) -> Cluster:
         owned=any(owner.get("uid") == run_uid for owner in owners),
         deleting="deletionTimestamp" in meta,
         template_digest=meta.get("annotations", {}).get(naming.TEMPLATE_ANNOTATION),
-        suspended=bool(raw.get("spec", {}).get("suspend")),
+        suspended=bool(spec.get("suspend")),
         head_ready=head.get("status") == "True",
         head_message=": ".join(filter(None, (head.get("reason"), head.get("message")))),
         ready_workers=status.get("readyWorkerReplicas", 0),
@@ -196,8 +232,9 @@ def cluster_of(raw: Json, run_uid: str) -> Cluster:
         problem=": ".join(filter(None, (failure.get("reason"), failure.get("message"))))
         if failure.get("status") == "True"
         else None,
-        created=_time(meta.get("creationTimestamp")),
+        created=time_of(meta.get("creationTimestamp")),
         seen_by_kuberay=bool(status),
+        managed_by=manager if (manager := spec.get("managedBy") or KUBERAY) != KUBERAY else None,
     )
 
 
@@ -248,11 +285,11 @@ def pod_of(raw: Json) -> Pod:
         node=node,
         ready=conditions.get("Ready", {}).get("status") == "True",
         deleting="deletionTimestamp" in meta,
-        gone_by=_time(meta.get("deletionTimestamp")),
+        gone_by=time_of(meta.get("deletionTimestamp")),
         unscheduled=scheduled.get("message", "") if scheduled.get("status") == "False" else None,
         waiting=(told[0].get("reason", ""), told[0].get("message", "")) if told else None,
         waits_for_head=any(c["name"] == WAIT_CONTAINER and "running" in _state(c) for c in containers),
-        preparing_since=_time(scheduled.get("lastTransitionTime")) if preparing else None,
+        preparing_since=time_of(scheduled.get("lastTransitionTime")) if preparing else None,
         image_id=next((c["imageID"] for c in containers if c["name"] in RAY_CONTAINERS and c.get("imageID")), None),
         ended=(*_ended(meta["name"], role, node, containers), *_pod_ended(meta["name"], role, node, status)),
     )
@@ -262,7 +299,8 @@ def _state(container: Json) -> Json:
     return container.get("state") or {}
 
 
-def _time(text: str | None) -> datetime | None:
+def time_of(text: str | None) -> datetime | None:
+    """A time as Kubernetes writes it."""
     return datetime.fromisoformat(text) if text else None
 
 
@@ -279,7 +317,7 @@ def _ended(pod: str, role: Literal["head", "worker"], node: str | None, containe
                     reason=end.get("reason", ""),
                     exit_code=end.get("exitCode", 0),
                     message=end.get("message", "")[-1000:],
-                    at=_time(end.get("finishedAt")),
+                    at=time_of(end.get("finishedAt")),
                 )
 
 
@@ -288,7 +326,7 @@ def _pod_ended(pod: str, role: Literal["head", "worker"], node: str | None, stat
     for condition in status.get("conditions", ()):
         if condition["type"] == "DisruptionTarget" and condition.get("status") == "True":
             reason, message = condition.get("reason", ""), condition.get("message", "")[-1000:]
-            at = _time(condition.get("lastTransitionTime"))
+            at = time_of(condition.get("lastTransitionTime"))
             yield Ended(pod, role, node, reason, message=message, at=at, disrupted=True)
             return
     if status.get("phase") == "Failed" and status.get("reason"):

@@ -13,7 +13,7 @@ from dsft_operator.core.avoidance import avoided
 from dsft_operator.core.cluster_rules import failed, is_whole
 from dsft_operator.core.decision import Action, Decision, DeleteCluster, StopJob
 from dsft_operator.core.failures import Cause, classify, is_echo, loss, report_of, with_evidence
-from dsft_operator.core.observed import Head, Observed, RayJob, Unknown
+from dsft_operator.core.observed import Head, Observed, Queueing, RayJob, Unknown
 from dsft_operator.core.resource_rules import SOON, STOP_MARGIN_SECONDS, driver_runs, live_cluster
 from dsft_operator.core.submission import submission
 from dsft_operator.core.summary import Fact, condition_of, report
@@ -56,9 +56,7 @@ def lost(seen: Observed, now: datetime, config: OperatorConfig) -> Decision | No
     if status.job is None:
         return again(seen, now, Cause(FailureClass.HEAD_LOST, "the status names no submission"))
     if cluster.suspended:
-        if driver_runs(seen) and isinstance(seen.head, Head):
-            return _draining(seen, now)
-        return again(seen, now, Cause(FailureClass.PREEMPTED, "the queue took the nodes back"))
+        return _taken_back(seen, now)
     known = status.ray_cluster
     if isinstance(seen.head, Head) and known is not None and seen.head.session != known.session:
         return again(seen, now, loss(seen, "the Ray head restarted"))
@@ -127,7 +125,8 @@ def over(seen: Observed, now: datetime, _config: OperatorConfig) -> Decision | N
     if progress is not None and progress.phase is TrainerPhase.SUCCEEDED:
         after = run.status.model_copy(update=told)
         told |= attempts.ended(after, _end(job, now), None)
-        message = f"done: {progress.output.uri}" if progress.output else "done"
+        ended = progress.message or "done"
+        message = f"{ended}: {progress.output.uri}" if progress.output else ended
         facts = _facts(run.status, told)
         wish = report(run, now, Phase.SUCCEEDED, Reason.SUCCEEDED, message, facts, completion_time=now, **told)
         return Decision(status=wish, requeue_after=0)
@@ -168,13 +167,13 @@ def _end(job: RayJob | None, now: datetime) -> datetime:
     return min(now, job.ended) if job is not None and job.ended is not None else now
 
 
-def again(seen: Observed, now: datetime, cause: Cause, *actions: Action) -> Decision:
-    """Close the attempt: the next one follows where that can help, else the run has failed."""
+def again(seen: Observed, now: datetime, cause: Cause, *actions: Action, counted: bool = True) -> Decision:
+    """Close the attempt: the next one follows where that can help, else the run has failed. `counted`: as a retry."""
     status, spec = seen.run.status, seen.run.spec
     cause = with_evidence(cause, seen)
     job = seen.job if isinstance(seen.job, RayJob) else None
     changes = _told(seen, job, report_of(seen))
-    changes |= attempts.ended(status.model_copy(update=changes), _end(job, now), cause)
+    changes |= attempts.ended(status.model_copy(update=changes), _end(job, now), cause, counted=counted)
     changes["avoided_nodes"] = avoided(status.model_copy(update=changes), spec)
     retries, limit = changes.get("retries") or 0, spec.retry.limit if spec is not None else 0
     fact = Fact(value=False, reason=cause.failure_class, message=cause.message)
@@ -303,8 +302,20 @@ def _doing(seen: Observed, progress: Progress | None) -> tuple[Phase, str]:
     return phase, _message(progress)
 
 
+def _taken_back(seen: Observed, now: datetime) -> Decision | None:
+    """The queue takes the nodes back: what the driver says at its end still counts. None: it had done all by then."""
+    if isinstance(seen.job, RayJob) and seen.job.state == "SUCCEEDED":
+        return None
+    if driver_runs(seen) and isinstance(seen.head, Head):
+        return _draining(seen, now)
+    why = seen.queue.evicted if isinstance(seen.queue, Queueing) else None
+    words = f"the queue took the nodes back{f' ({why})' if why else ''}"
+    # Nothing that the run could do better: its retries are for failures.
+    return again(seen, now, Cause(FailureClass.PREEMPTED, words), counted=False)
+
+
 def _draining(seen: Observed, now: datetime) -> Decision:
-    """The queue takes the nodes back, and the pods are still committing: hear them to the end."""
+    """The pods are still committing: hear them to the end."""
     progress = report_of(seen)
     message = "the queue takes the nodes back: the trainer commits, and goes on once they are granted again"
     told = attempts.followed(seen.run.status, progress)

@@ -62,6 +62,7 @@ def followed(status: FineTuneStatus, progress: Progress | None) -> dict[str, Any
     told = progress.checkpoints
     changes = {
         "progress": progress.progress,
+        "interconnect": progress.interconnect,
         "evaluation": progress.evaluation,
         # A trainer that has not listed the commits yet does not unmake them.
         "checkpoints": told

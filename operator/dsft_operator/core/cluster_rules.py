@@ -22,7 +22,7 @@ from dsft_operator.core.decision import (
 from dsft_operator.core.failures import Cause
 from dsft_operator.core.observed import Cluster, Head, Observed
 from dsft_operator.core.raycluster import network_policy, ray_cluster, template_digest
-from dsft_operator.core.resource_rules import SOON, live_cluster
+from dsft_operator.core.resource_rules import SOON, live_cluster, preflight_left
 from dsft_operator.core.submission import storage_prefix
 from dsft_operator.core.summary import Fact, condition_of, report
 from dsft_operator.core.waiting import CONFIG_REASONS, explain
@@ -43,8 +43,8 @@ def missing(seen: Observed, now: datetime, config: OperatorConfig) -> Decision |
         wish = report(run, now, Phase.PENDING, Reason.RESTARTING, message, _NO_CLUSTER, **changes)
         # Once the next one is named, nobody looks at this one again: if it was only not seen, it must go.
         return Decision((DeleteCluster(known.name, known.uid),), wish, requeue_after=0)
-    if (overdue := _overdue(seen, now)) is not None:
-        return overdue
+    if (late := overdue(seen, now)) is not None:
+        return late
     number = known.incarnation if known is not None else 1
     manifest = ray_cluster(run, spec, config, number)
     name = manifest["metadata"]["name"]
@@ -60,7 +60,9 @@ def missing(seen: Observed, now: datetime, config: OperatorConfig) -> Decision |
         **_pinned(seen, spec),
     )
     # The finalizer first, even if it is there: it is refused where the resource is another by now, or gone.
-    return Decision((AddFinalizer(), CreateCluster(manifest)), wish, requeue_after=0)
+    # A preflight's Job that a late read had missed goes before; one that cannot be deleted holds nothing back.
+    actions = (AddFinalizer(), *preflight_left(seen), CreateCluster(manifest))
+    return Decision(actions, wish, requeue_after=0)
 
 
 def going(seen: Observed, now: datetime, _config: OperatorConfig) -> Decision | None:
@@ -111,8 +113,8 @@ def unprepared(seen: Observed, now: datetime, config: OperatorConfig) -> Decisio
     known = run.status.ray_cluster
     if cluster is None or (known is not None and known.uid == cluster.uid):
         return None
-    if (overdue := _overdue(seen, now)) is not None:
-        return overdue
+    if (late := overdue(seen, now)) is not None:
+        return late
     # The finalizer again, for an operator that died between the cluster's creation and its status.
     actions = (*_children(seen, cluster, config), *_finalizer(seen))
     wish = _waiting_status(seen, now, cluster, ray_cluster=_named(seen, cluster), **_pinned(seen, _spec(seen)))
@@ -130,7 +132,7 @@ def waiting(seen: Observed, now: datetime, config: OperatorConfig) -> Decision |
     bound = spec.deadlines.queue_seconds if queued else spec.deadlines.provision_seconds
     if bound is not None and waited >= bound:
         kind = FailureClass.QUEUE_TIMEOUT if queued else FailureClass.PROVISION_TIMEOUT
-        return _timed_out(seen, now, wish, kind, bound)
+        return timed_out(seen, now, wish, kind, bound)
     pause = config.intervals.queued_seconds if queued else config.intervals.provisioning_seconds
     actions = _children(seen, cluster, config) if _secret_is_gone(seen, cluster) else ()
     return Decision(actions, wish, pause if bound is None else min(pause, bound - waited))
@@ -172,17 +174,22 @@ def _waiting_status(seen: Observed, now: datetime, cluster: Cluster, **changes: 
     return report(seen.run, now, phase, fact.reason, fact.message, {ConditionType.CLUSTER_READY: fact}, **changes)
 
 
-def _overdue(seen: Observed, now: datetime) -> Decision | None:
-    """The API server has refused to make something for as long as the run may wait for its nodes."""
+def overdue(seen: Observed, now: datetime) -> Decision | None:
+    """The end, where the API server has refused to make something for as long as the run may wait for its nodes."""
     status, bound = seen.run.status, _spec(seen).deadlines.provision_seconds
     before = condition_of(status, ConditionType.CLUSTER_READY)
     if before is None or before.reason != Reason.CLUSTER_REFUSED or bound is None or status.phase_time is None:
         return None
+    if status.phase is not Phase.PROVISIONING:
+        # The time is that of a spec that could not be run; this one has waited for nothing yet.
+        return None
     is_over = (now - status.phase_time).total_seconds() >= bound
-    return _timed_out(seen, now, status, FailureClass.PROVISION_TIMEOUT, bound) if is_over else None
+    return timed_out(seen, now, status, FailureClass.PROVISION_TIMEOUT, bound) if is_over else None
 
 
-def _timed_out(seen: Observed, now: datetime, wish: FineTuneStatus, kind: FailureClass, bound: int) -> Decision:
+def timed_out(
+    seen: Observed, now: datetime, wish: FineTuneStatus, kind: FailureClass, bound: int, **changes: Any
+) -> Decision:
     """The deadline is over. What was waited for is kept: the pods that say so are about to go."""
     queued = wish.phase is Phase.QUEUED
     fact = condition_of(wish, ConditionType.CLUSTER_READY)
@@ -194,7 +201,7 @@ def _timed_out(seen: Observed, now: datetime, wish: FineTuneStatus, kind: Failur
         f"not {'admitted' if queued else 'provisioned'} within {bound} s ({words})",
         remedy=f"{remedy}; then set a new spec.retry.token" if remedy else None,
     )
-    return failed(seen, now, cause, {ConditionType.CLUSTER_READY: Fact(False, fact.reason, fact.message)})
+    return failed(seen, now, cause, {ConditionType.CLUSTER_READY: Fact(False, fact.reason, fact.message)}, **changes)
 
 
 def failed(

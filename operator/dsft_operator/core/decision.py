@@ -29,6 +29,21 @@ class CreateCluster:
 
 
 @dataclass(frozen=True)
+class CreateJob:
+    """Create the preflight's Job; one that is there already is left as it is."""
+
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class DeleteJob:
+    """Delete the preflight's Job of this uid; its pod follows."""
+
+    name: str
+    uid: str
+
+
+@dataclass(frozen=True)
 class CreateChild:
     """Create an object that the RayCluster owns (NetworkPolicy); one that is there already is left as it is."""
 
@@ -79,6 +94,8 @@ Action = (
     AddFinalizer
     | RemoveFinalizer
     | CreateCluster
+    | CreateJob
+    | DeleteJob
     | CreateChild
     | CreateToken
     | DeleteCluster

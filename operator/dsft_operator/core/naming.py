@@ -20,6 +20,11 @@ def cluster_name(name: str, uid: str, incarnation: int) -> str:
     return first if incarnation == 1 else f"{first}-{incarnation}"
 
 
+def preflight_name(name: str, uid: str, spec_digest: str) -> str:
+    """`<name>-<uid5>-preflight-<digest6>`: one Job per spec; at most the 63 characters of a label, which its pods have it as."""
+    return f"{name}-{uid[:5]}-preflight-{spec_digest.rpartition(':')[2][:6]}"
+
+
 def submission_id(uid: str, attempt: int) -> str:
     """`<uid8>-a<n>`: Ray refuses a second submission of the same id."""
     return f"{uid[:8]}-a{attempt}"

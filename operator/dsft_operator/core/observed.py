@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
+from dsft_api.preflight import PreflightResult
 from dsft_api.problem import Problem
 from dsft_api.progress import Progress
 from dsft_api.spec import FineTuneSpec
@@ -52,10 +53,15 @@ class Warned:
 
 @dataclass(frozen=True)
 class Queueing:
-    """What the queue says about a suspended RayCluster: a reason of ours (`conditions.WAITS`), and its words."""
+    """What the queue says about a suspended RayCluster: a reason of ours (`conditions.WAITS`), and its words.
+
+    `place`: which one it is of how many that wait in its LocalQueue, where that is known.
+    """
 
     reason: str
     message: str
+    place: tuple[int, int] | None = None
+    evicted: str | None = None  # why its nodes were taken back, until it gets some again
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ class Cluster:
     created: datetime | None = None
     seen_by_kuberay: bool = True  # it has a status
     warning: Warned | None = None
+    managed_by: str | None = None  # who makes its pods, elsewhere; None: KubeRay, here
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,25 @@ class Pod:
 
 
 @dataclass(frozen=True)
+class PreflightJob:
+    """The preflight's Job, or one that has its name (`owned` False).
+
+    `pod` is the one that it has made, and `result` what this told; `failed` why the Job is over without a result.
+    """
+
+    name: str
+    uid: str
+    owned: bool
+    deleting: bool = False
+    suspended: bool = False
+    created: datetime | None = None
+    failed: str | None = None
+    pod: Pod | None = None
+    result: PreflightResult | None = None
+    warning: Warned | None = None
+
+
+@dataclass(frozen=True)
 class Head:
     """A head whose API answers."""
 
@@ -152,6 +178,7 @@ class Observed:
     run: Run
     cluster: Cluster | Unknown | None = None
     kuberay_installed: bool = True
+    preflight: PreflightJob | Unknown | None = None
     pods: tuple[Pod, ...] = ()
     head: Head | Unknown | None = None
     job: RayJob | Unknown | None = None

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import datetime
 
 from dsft_operator.config import OperatorConfig
-from dsft_operator.core import attempt_rules, cluster_rules, node_rules, resource_rules
+from dsft_operator.core import attempt_rules, cluster_rules, node_rules, preflight_rules, resource_rules
 from dsft_operator.core.decision import Decision
 from dsft_operator.core.observed import Observed
 
@@ -21,6 +21,7 @@ RULES: tuple[Rule, ...] = (
     resource_rules.suspended,
     resource_rules.name_taken,  # a RayCluster of that name that is not ours
     cluster_rules.forgiving,  # a new retry.token: nodes that failed may be used again
+    preflight_rules.preflighted,  # a pod without GPUs looks first; what it finds ends the run
     cluster_rules.missing,  # create it (queued: suspended)
     cluster_rules.going,  # wait until the old one is gone
     cluster_rules.outdated,  # other pods are wanted now: make another

@@ -1,25 +1,27 @@
 """The Ray pods of a run, head and workers: pure builders from the spec and the admin's defaults.
 
-What a tenant may add is an allow-list (`POD_TEMPLATE_FIELDS`); everything else of a pod is ours. System variables come
-after the user's, and win.
+What a tenant may add is an allow-list (`pod_template`); everything else of a pod is ours. System variables come after the
+user's, and win.
 """
 
+import posixpath
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
 
-from dsft_api.problem import Problem, field_name
+from dsft_api.job import JOB_ENV
+from dsft_api.problem import Path, Problem, field_name
+from dsft_api.quantity import quantity
 from dsft_api.spec import FineTuneSpec
-from dsft_api.spec.placement import NodePool, ResourceRequirements, Toleration
+from dsft_api.spec.placement import EnvVar, NodePool, ResourceRequirements, Toleration
 from dsft_operator.config import OperatorConfig
 from dsft_operator.core import naming
+from dsft_operator.core.interconnect import connected, profile_of
+from dsft_operator.core.pod_template import CONFINED, merged, pod_template, template_problems
 
 Manifest = dict[str, Any]
 
-POD_TEMPLATE_FIELDS = {
-    "metadata": ("labels", "annotations"),
-    "spec": ("affinity", "topologySpreadConstraints", "schedulerName", "dnsConfig", "hostAliases"),
-}
 # Autoscalers must not move a rank to save a node, and a mesh's proxy must not sit between ranks.
 _ANNOTATIONS = {
     "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
@@ -32,6 +34,14 @@ _HEAD_RESOURCES: Mapping[str, Mapping[str, int | str]] = {
     "limits": {"memory": "6Gi"},
 }
 TRAINER_UID = 1000
+# KubeRay's own, where the head and each worker export Ray's metrics.
+METRICS_PORT = 8080
+# The tokenizer, the first rows, and the imports of torch and transformers.
+_PREFLIGHT_RESOURCES: Mapping[str, Mapping[str, int | str]] = {
+    "requests": {"cpu": "200m", "memory": "512Mi"},
+    "limits": {"memory": "2Gi"},
+}
+PREFLIGHT_CONTAINER = "preflight"
 _HUB_CACHE = "HF_HOME"
 # Room for the last upload after the commit was asked for, and for Ray to go down.
 _GRACE_SECONDS = 30
@@ -47,9 +57,50 @@ _READINESS: Manifest = {
     "failureThreshold": 25,
 }
 _HEAD_GROUPS = ("head", "headgroup")
-# Whoever could set these could switch off the token that guards the head, or speak to the trainer as the operator.
-_RESERVED_PREFIXES = ("RAY_AUTH_", "DSFT_", "KUBERAY_")
-_RESERVED = {"RAY_ADDRESS", "RAY_PORT", "RAY_IP", "FQ_RAY_IP", "RAY_CLUSTER_NAME"}
+# Whoever could set these could switch off the token that guards the head, speak to the trainer as the operator, put code before
+# ours, or send the storage's keys to another server.
+_RESERVED_PREFIXES = ("RAY_", "DSFT_", "KUBERAY_", "LD_", "AWS_", "PYTHON")
+_RESERVED = {"FQ_RAY_IP", "PATH", "HOME", "BASH_ENV", "BROWSER", "OPENSSL_CONF", "GCONV_PATH"}
+_NOT_RESERVED = {
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_MAX_ATTEMPTS",
+    "AWS_RETRY_MODE",
+    "AWS_EC2_METADATA_DISABLED",
+    "AWS_STS_REGIONAL_ENDPOINTS",
+    "AWS_REQUEST_CHECKSUM_CALCULATION",
+    "AWS_RESPONSE_CHECKSUM_VALIDATION",
+    "RAY_memory_monitor_refresh_ms",
+    "RAY_memory_usage_threshold",
+}
+# What a Secret or ConfigMap holds is not known here; a variable of its own beats theirs.
+_EMPTIED = ("LD_PRELOAD", "LD_AUDIT", "PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONWARNINGS", "BASH_ENV")
+# Of the image, the kernel and Ray, and our own volumes: a claim over them would put its code in the place of ours.
+_OUR_FOLDERS = (
+    "/bin",
+    "/boot",
+    "/dev",
+    "/etc",
+    "/home",
+    "/lib",
+    "/lib32",
+    "/lib64",
+    "/opt",
+    "/proc",
+    "/root",
+    "/run",
+    "/sbin",
+    "/sys",
+    "/usr",
+    "/var",
+    "/scratch",
+    "/model-cache",
+    "/tmp/ray",  # noqa: S108
+)
+PREFLIGHT_COMMAND = ["python", "-m", "dsft_trainer", "preflight"]
 DRAIN_COMMAND = ["python", "-m", "dsft_trainer", "drain"]
 
 
@@ -58,10 +109,14 @@ def head_pod(spec: FineTuneSpec, config: OperatorConfig, labels: Mapping[str, st
     resources = _resources(spec.head.resources) or dict(_HEAD_RESOURCES)
     container = _container(spec, config, "ray-head", resources, _head_environment(spec)) | {
         "ports": [
-            {"name": "gcs-server", "containerPort": 6379},
-            {"name": "dashboard", "containerPort": config.ray.dashboard_port},
-            {"name": "client", "containerPort": 10001},
-            {"name": "metrics", "containerPort": 8080},
+            # With the protocol, which Kubernetes adds elsewhere: Kueue compares the pods of the Workload with these.
+            {"name": name, "containerPort": port, "protocol": "TCP"}
+            for name, port in (
+                ("gcs-server", 6379),
+                ("dashboard", config.ray.dashboard_port),
+                ("client", 10001),
+                ("metrics", METRICS_PORT),
+            )
         ],
     }
     pod = _pod(spec, config, container, labels)
@@ -74,13 +129,35 @@ def head_pod(spec: FineTuneSpec, config: OperatorConfig, labels: Mapping[str, st
     return pod
 
 
+def preflight_pod(spec: FineTuneSpec, config: OperatorConfig, labels: Mapping[str, str], job: str) -> Manifest:
+    """The pod template of the preflight: image, identity, secrets, volumes and place of the head, and nothing of Ray.
+
+    `job` is what DSFT_JOB holds.
+    """
+    # Kubernetes takes $(NAME) for a reference to a variable, and $$ for a dollar.
+    environment = {JOB_ENV: job.replace("$", "$$"), "DSFT_SCRATCH": "/scratch"}
+    container = _container(spec, config, PREFLIGHT_CONTAINER, dict(_PREFLIGHT_RESOURCES), environment)
+    for of_ray in ("lifecycle", "readinessProbe"):
+        container.pop(of_ray, None)
+    container["command"] = PREFLIGHT_COMMAND
+    container["volumeMounts"].append({"name": "scratch", "mountPath": "/scratch"})
+    _put_hub_cache_on_scratch(container)
+    pod = _pod(spec, config, container, labels)
+    # What is mounted there is as large as the smallest worker's.
+    sizes = [_shm_size(_with_gpus(pool, config)) for pool in spec.node_pools]
+    shm: Manifest = {"medium": "Memory", "sizeLimit": min(sizes, key=quantity, default=_SHM_WITHOUT_LIMIT)}
+    others = [volume for volume in pod["spec"]["volumes"] if volume["name"] != "shm"]
+    volumes: list[Manifest] = [{"name": "shm", "emptyDir": shm}, *others, {"name": "scratch", "emptyDir": {}}]
+    pod["spec"] |= {"restartPolicy": "Never", "terminationGracePeriodSeconds": 1, "volumes": volumes}
+    pod["spec"] |= _placed(spec.head.node_selector, spec.head.tolerations)
+    return pod
+
+
 def worker_pod(spec: FineTuneSpec, pool: NodePool, config: OperatorConfig, labels: Mapping[str, str]) -> Manifest:
     """The pod template of one pool."""
     resources = _with_gpus(pool, config)
     container = _container(spec, config, "ray-worker", resources, _worker_environment(pool))
-    if not any(variable["name"] == _HUB_CACHE for variable in container["env"]):
-        # Models are large: not into the container's own layer, which is the node's disk.
-        container["env"].append({"name": _HUB_CACHE, "value": "/scratch/huggingface"})
+    _put_hub_cache_on_scratch(container)
     pod = _pod(spec, config, container, labels)
     body = pod["spec"] | _placed(pool.node_selector, pool.tolerations)
     if pool.runtime_class_name:
@@ -93,43 +170,47 @@ def worker_pod(spec: FineTuneSpec, pool: NodePool, config: OperatorConfig, label
         container["volumeMounts"].append({"name": "model-cache", "mountPath": "/model-cache"})
         claim = {"persistentVolumeClaim": {"claimName": pool.model_cache.claim_name}}
         body["volumes"] = [*body["volumes"], {"name": "model-cache", **claim}]
-    return _merged({**pod, "spec": body}, pool.pod_template or {})
+    return merged(connected({**pod, "spec": body}, profile_of(spec, config)), pool)
+
+
+def _put_hub_cache_on_scratch(container: Manifest) -> None:
+    """Models are large: not into the container's own layer, which is the node's disk. Unless somebody says where."""
+    if not any(variable["name"] == _HUB_CACHE for variable in container["env"]):
+        container["env"].append({"name": _HUB_CACHE, "value": "/scratch/huggingface"})
 
 
 def pod_problems(spec: FineTuneSpec) -> Iterator[Problem]:
     """What a user may not say about pods, since the operator, Ray or KubeRay says it."""
-    yield from _template_problems(spec)
+    yield from template_problems(spec)
     for index, pool in enumerate(spec.node_pools):
         if pool.name in _HEAD_GROUPS:
             field = field_name(("spec", "nodePools", index, "name"))
             yield Problem(field, "is the name of the head's group", "give the pool another name", pool.name)
+        template = pod_template(pool)
+        for place, containers in template.containers():
+            for number, container in enumerate(containers):
+                above = ("spec", "nodePools", index, "podTemplate", "spec", place, number)
+                yield from _variable_problems(spec, (*above, "env"), container.env)
+    yield from _variable_problems(spec, ("spec", "env"), spec.env)
+    if spec.storage.volume is not None:
+        yield from _mount_problems(spec.storage.volume.mount_path)
+
+
+def _variable_problems(spec: FineTuneSpec, above: Path, variables: Sequence[EnvVar]) -> Iterator[Problem]:
     ours = {variable["name"] for variable in _system_environment(spec)} | _RESERVED
     ours |= {name for extra in (_head_environment(spec), *map(_worker_environment, spec.node_pools)) for name in extra}
-    for index, variable in enumerate(spec.env):
-        if variable.name in ours or variable.name.startswith(_RESERVED_PREFIXES):
-            field = field_name(("spec", "env", index, "name"))
-            remedy = "remove it; storage, checkpoint, execution and nodePools set what may be chosen of it"
-            yield Problem(field, "is set by the operator", remedy, variable.name)
+    for index, variable in enumerate(variables):
+        is_reserved = variable.name.startswith(_RESERVED_PREFIXES) and variable.name not in _NOT_RESERVED
+        if variable.name in ours or is_reserved:
+            remedy = "remove it; storage, checkpoint, execution and nodePools set what may be chosen of it, the image the rest"
+            yield Problem(field_name((*above, index, "name")), "is set by the operator", remedy, variable.name)
 
 
-def _template_problems(spec: FineTuneSpec) -> Iterator[Problem]:
-    """A problem for each field of a pod template that is not on the allow-list."""
-    for index, pool in enumerate(spec.node_pools):
-        for part, value in (pool.pod_template or {}).items():
-            path = ("spec", "nodePools", index, "podTemplate", part)
-            if part not in POD_TEMPLATE_FIELDS or not isinstance(value, dict):
-                yield Problem(field_name(path), "may not be set", f"use {' and '.join(POD_TEMPLATE_FIELDS)} only")
-                continue
-            for name, given in cast("dict[str, Any]", value).items():
-                if name not in POD_TEMPLATE_FIELDS[part]:
-                    allowed = ", ".join(POD_TEMPLATE_FIELDS[part])
-                    yield Problem(field_name((*path, name)), "may not be set", f"remove it; allowed: {allowed}")
-                elif part == "metadata" and not _is_string_map(given):
-                    yield Problem(field_name((*path, name)), "is no mapping of strings", 'write name: "value"')
-
-
-def _is_string_map(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(item, str) for item in cast("dict[str, object]", value).values())
+def _mount_problems(mount_path: str) -> Iterator[Problem]:
+    asked = PurePosixPath(posixpath.normpath(f"/{mount_path.lstrip('/')}"))
+    if any(asked.is_relative_to(ours) or PurePosixPath(ours).is_relative_to(asked) for ours in _OUR_FOLDERS):
+        field, remedy = "spec.storage.volume.mountPath", "mount it at /data, or another folder of its own"
+        yield Problem(field, "is, or holds, a folder of the system", remedy, mount_path)
 
 
 def _pod(spec: FineTuneSpec, config: OperatorConfig, container: Manifest, labels: Mapping[str, str]) -> Manifest:
@@ -180,7 +261,7 @@ def _container(
         "envFrom": [source.to_wire() for source in spec.env_from],
         "volumeMounts": mounts,
         "lifecycle": {"preStop": {"exec": {"command": DRAIN_COMMAND}}},
-        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+        "securityContext": dict(CONFINED),
         "terminationMessagePolicy": "FallbackToLogsOnError",
     }
     if _has_health_endpoint(config.ray.version):
@@ -196,6 +277,8 @@ def _has_health_endpoint(ray_version: str) -> bool:
 
 def _environment(spec: FineTuneSpec, environment: Mapping[str, str]) -> list[Manifest]:
     system = [*_system_environment(spec), *({"name": name, "value": value} for name, value in environment.items())]
+    if spec.env_from:
+        system += [{"name": name, "value": ""} for name in _EMPTIED]
     names = {variable["name"] for variable in system}
     return [*(v.to_wire() for v in spec.env if v.name not in names), *system]
 
@@ -219,7 +302,8 @@ def _system_environment(spec: FineTuneSpec) -> Iterator[Manifest]:
                 reference["optional"] = True
             yield {"name": key, "valueFrom": {"secretKeyRef": reference}}
     if storage.endpoint_url:
-        yield {"name": "AWS_ENDPOINT_URL", "value": storage.endpoint_url}
+        # Of S3 alone: an identity of the ServiceAccount asks AWS's STS, which is elsewhere.
+        yield {"name": "AWS_ENDPOINT_URL_S3", "value": storage.endpoint_url}
     if storage.region:
         yield {"name": "AWS_DEFAULT_REGION", "value": storage.region}
     if storage.ca_bundle:
@@ -273,21 +357,6 @@ def _placed(node_selector: Mapping[str, str], tolerations: tuple[Toleration, ...
     if tolerations:
         placed["tolerations"] = [toleration.to_wire() for toleration in tolerations]
     return placed
-
-
-def _merged(pod: Manifest, template: Mapping[str, Any]) -> Manifest:
-    """The allowed fields of a template under ours: what we set stays."""
-    result = dict(pod)
-    for part, names in POD_TEMPLATE_FIELDS.items():
-        given: Mapping[str, Any] = template.get(part) or {}
-        ours: Manifest = pod[part]
-        merged = dict(ours)
-        for name in names:
-            if name in given:
-                value = given[name]
-                merged[name] = {**value, **ours[name]} if name in ours else value
-        result[part] = merged
-    return result
 
 
 def run_labels(name: str, uid: str) -> dict[str, str]:

@@ -4,14 +4,15 @@ from datetime import datetime
 from typing import Any
 
 from dsft_api.conditions import ConditionType, FailureClass, Phase, Reason
+from dsft_api.status import FineTuneStatus
 from dsft_operator.config import OperatorConfig
 from dsft_operator.core import attempts
 from dsft_operator.core.avoidance import forgiven
-from dsft_operator.core.decision import Decision, DeleteCluster, RemoveFinalizer, StopJob
+from dsft_operator.core.decision import Decision, DeleteCluster, DeleteJob, RemoveFinalizer, StopJob
 from dsft_operator.core.failures import Cause, report_of
 from dsft_operator.core.naming import FINALIZER
-from dsft_operator.core.observed import Cluster, Observed, RayJob, Unknown
-from dsft_operator.core.summary import MAX_MESSAGE, Fact, acknowledged, condition_of, report
+from dsft_operator.core.observed import Cluster, Observed, PreflightJob, RayJob, Unknown
+from dsft_operator.core.summary import MAX_MESSAGE, Fact, acknowledged, condition_of, refusal_reason, report
 
 # A deleted resource must be let go within a minute, whatever Ray does.
 DELETE_DRAIN_SECONDS = 30
@@ -49,8 +50,9 @@ def finished(seen: Observed, now: datetime, _config: OperatorConfig) -> Decision
     if spec is not None and has_failed and not run.problems and spec.retry.token not in (None, status.retry_token):
         message = "retry.token is new: going on from the last commit"
         changes: dict[str, Any] = {"completion_time": None, "retry_token": spec.retry.token, "retries": 0}
-        changes |= forgiven(status)
-        wish = report(run, now, Phase.PENDING, Reason.RESTARTING, message, **changes)
+        # What was found is looked at again, also where the token is put back to one that it was found under.
+        changes |= forgiven(status) | {"preflight": None}
+        wish = report(run, now, Phase.PENDING, Reason.RESTARTING, message, {ConditionType.PREFLIGHTED: None}, **changes)
         return Decision(status=wish, requeue_after=0)
     judged = acknowledged(run, now)
     wish = judged if judged != status else None
@@ -80,12 +82,11 @@ def refused(seen: Observed, now: datetime, config: OperatorConfig) -> Decision |
         return Decision(
             status=acknowledged(run, now, message=words[:MAX_MESSAGE]), requeue_after=config.intervals.queued_seconds
         )
-    unsupported = all(problem.reason is Reason.NOT_SUPPORTED for problem in run.problems)
-    reason = Reason.NOT_SUPPORTED if unsupported else Reason.INVALID
-    changes = attempts.lost(run.status, now, "the RayCluster is gone")
+    reason = refusal_reason(run.problems)
+    changes = attempts.lost(run.status, now, "the RayCluster is gone") | forget_preflight(run.status)
     actions = () if cluster is None else (DeleteCluster(cluster.name, cluster.uid),)
     wish = report(run, now, Phase.FAILED, reason, message, **changes)
-    return Decision(actions, wish, None if seen.cluster is None else SOON)
+    return Decision((*actions, *preflight_left(seen)), wish, None if seen.cluster is None else SOON)
 
 
 def unreadable(seen: Observed, now: datetime, config: OperatorConfig) -> Decision | None:
@@ -109,9 +110,10 @@ def suspended(seen: Observed, now: datetime, _config: OperatorConfig) -> Decisio
         return None
     gone: dict[ConditionType, Fact | None] = {ConditionType.CLUSTER_READY: None, ConditionType.JOB_SUBMITTED: None}
     if not _is_ours(seen):
-        changes = attempts.ended(status, now, _interruption(seen), counted=False)
+        changes = attempts.ended(status, now, _interruption(seen), counted=False) | forget_preflight(status)
         message = "the nodes are free; set spec.suspend to false to go on from the last commit"
-        return Decision(status=report(run, now, Phase.SUSPENDED, Reason.SUSPENDED, message, gone, job=None, **changes))
+        wish = report(run, now, Phase.SUSPENDED, Reason.SUSPENDED, message, gone, job=None, **changes)
+        return Decision(preflight_left(seen), wish)
     cluster = live_cluster(seen)
     since = status.phase_time if status.phase is Phase.SUSPENDING and status.phase_time else now
     patience = spec.checkpoint.drain_seconds + STOP_MARGIN_SECONDS
@@ -141,6 +143,18 @@ def name_taken(seen: Observed, now: datetime, config: OperatorConfig) -> Decisio
     changes = attempts.lost(seen.run.status, now, "the RayCluster is gone")
     wish = report(seen.run, now, Phase.PENDING, fact.reason, message, {ConditionType.CLUSTER_READY: fact}, **changes)
     return Decision(status=wish, requeue_after=config.intervals.queued_seconds)
+
+
+def preflight_left(seen: Observed) -> tuple[DeleteJob, ...]:
+    """The deletion of a preflight's Job that nobody waits for any more."""
+    job = seen.preflight
+    return (DeleteJob(job.name, job.uid),) if isinstance(job, PreflightJob) and job.owned and not job.deleting else ()
+
+
+def forget_preflight(status: FineTuneStatus) -> dict[str, Any]:
+    """Changes of status where a preflight came to no result: another one begins anew."""
+    known = status.preflight
+    return {"preflight": None} if known is not None and known.end_time is None else {}
 
 
 def live_cluster(seen: Observed) -> Cluster | None:

@@ -1,16 +1,18 @@
 """An attempt and what it is told, as one submission: a constant command, and the job as JSON in its environment."""
 
 import json
-import re
 import shlex
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 from decimal import Decimal
 
 from dsft_api.job import JOB_ENV, Job, Ranks, RunRef
 from dsft_api.problem import Problem
+from dsft_api.quantity import quantity
 from dsft_api.resource import run_folder, spec_hash
 from dsft_api.spec import FineTuneSpec
 from dsft_api.status import Inputs
+from dsft_operator.core import attempts
 from dsft_operator.core.decision import SubmitJob
 from dsft_operator.core.naming import submission_id
 from dsft_operator.core.observed import Run
@@ -19,27 +21,27 @@ ENTRYPOINT = shlex.join(["python", "-m", "dsft_trainer", "run"])
 # Linux takes 128 KiB per string of the environment (MAX_ARG_STRLEN); the rest of the job needs less than 8. What counts is the
 # job as a string inside JSON: Ray hands it so to the driver and to each worker, and tries for ever where that is too long.
 MAX_SPEC_BYTES = 120 * 1024
-_SUFFIXES = {
-    "": Decimal(1),
-    **{letter: Decimal(1000) ** -(power + 1) for power, letter in enumerate("mun")},
-    **{letter: Decimal(1000) ** (power + 1) for power, letter in enumerate("kMGTPE")},
-    **{f"{letter}i": Decimal(1024) ** (power + 1) for power, letter in enumerate("KMGTPE")},
-}
 CHANNEL = "/tmp/ray/session_latest/logs"  # noqa: S108  Ray's log folder: its dashboard serves what lies there
 POD_STDOUT = "/proc/1/fd/1"
 
 
-def submission(run: Run, spec: FineTuneSpec, attempt: int, storage_prefix: str) -> SubmitJob:
-    """What is posted for an attempt. The job holds no secrets."""
-    job = Job(
+def job_of(run: Run, spec: FineTuneSpec, attempt: int, storage_prefix: str) -> Job:
+    """What an attempt is told. It holds no secrets."""
+    return Job(
         run=RunRef(namespace=run.namespace, name=run.name, uid=run.uid),
         attempt=attempt,
         spec=spec,
         spec_hash=run.status.spec_hash or run.identity or spec_hash(spec),
         storage_prefix=storage_prefix,
         ranks=ranks(spec),
+        end_by=_end_by(run, spec),
         resolved=_inputs(run),
     )
+
+
+def submission(run: Run, spec: FineTuneSpec, attempt: int, storage_prefix: str) -> SubmitJob:
+    """What is posted for an attempt."""
+    job = job_of(run, spec, attempt, storage_prefix)
     return SubmitJob(
         submission_id=submission_id(run.uid, attempt),
         entrypoint=ENTRYPOINT,
@@ -52,6 +54,14 @@ def _inputs(run: Run) -> Inputs | None:
     """What earlier attempts found the inputs to be."""
     known = run.status.resolved
     return Inputs(**known.model_dump(include=set(Inputs.model_fields))) if known is not None else None
+
+
+def _end_by(run: Run, spec: FineTuneSpec) -> datetime | None:
+    """When the run will have trained for as long as it may, if nothing stops it before."""
+    current, bound = attempts.active(run.status), spec.deadlines.run_seconds
+    if current is None or bound is None:
+        return None
+    return current.start_time + timedelta(seconds=bound - attempts.trained_seconds(run.status, current.start_time))
 
 
 def ranks(spec: FineTuneSpec) -> Ranks:
@@ -81,9 +91,3 @@ def too_large(spec: FineTuneSpec) -> Iterator[Problem]:
         yield Problem(
             "spec", f"is {size} bytes as JSON in JSON, and {MAX_SPEC_BYTES} is the most", f"shorten it: {longest}"
         )
-
-
-def quantity(text: int | str) -> Decimal:
-    """A Kubernetes quantity as a number (apimachinery resource.Quantity)."""
-    number, suffix = re.fullmatch(r"(.*?)([numkKMGTPE]i?)?", str(text)).groups()  # pyright: ignore[reportOptionalMemberAccess]
-    return Decimal(number) * _SUFFIXES[suffix or ""]

@@ -3,13 +3,14 @@
 Ready while training: a GitOps tool must not wait for hours. Who wants the end waits for Succeeded.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
 from dsft_api.conditions import ConditionType, Phase, Reason
 from dsft_api.goodput import waited
+from dsft_api.problem import Problem
 from dsft_api.status import Condition, FineTuneStatus
 from dsft_operator.core.observed import Run
 
@@ -101,9 +102,15 @@ def condition_of(status: FineTuneStatus, kind: ConditionType) -> Condition | Non
 def _accepted(run: Run) -> Fact:
     if not run.problems:
         return Fact(value=True, reason=Reason.ACCEPTED, message=_ignored(run)[:MAX_MESSAGE])
-    unsupported = all(problem.reason is Reason.NOT_SUPPORTED for problem in run.problems)
-    reason = Reason.NOT_SUPPORTED if unsupported else Reason.INVALID
-    return Fact(value=False, reason=reason, message="; ".join(map(str, run.problems))[:MAX_MESSAGE])
+    return Fact(
+        value=False, reason=refusal_reason(run.problems), message="; ".join(map(str, run.problems))[:MAX_MESSAGE]
+    )
+
+
+def refusal_reason(problems: Sequence[Problem]) -> Reason:
+    """What all problems have in common: nothing but what is not built, or not allowed. Else Invalid."""
+    reasons = {problem.reason for problem in problems}
+    return reasons.pop() if len(reasons) == 1 else Reason.INVALID
 
 
 def _ignored(run: Run) -> str:

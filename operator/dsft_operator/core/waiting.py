@@ -22,9 +22,16 @@ _SHOWN = 1000
 
 def explain(spec: FineTuneSpec, seen: Observed, cluster: Cluster) -> Fact:
     """ClusterReady=False: the first obstacle in the order of its weight, how many pods are short, and what to do."""
-    if cluster.suspended:
+    short = ""
+    if cluster.managed_by is not None:
+        # MultiKueue: neither its Secret nor its head's address is any good there.
+        where = f"{cluster.managed_by}, which runs it on another Kubernetes cluster"
+        reason, words = (
+            Reason.QUEUE_CLOSED,
+            f"RayCluster {cluster.name} is given to {where}: it cannot be followed there",
+        )
+    elif cluster.suspended:
         reason, words = _queued(spec, cluster, seen.queue)
-        short = ""
     else:
         reason, words = _obstacle(cluster, seen.pods, seen.head)
         short = _short(spec, cluster, seen.pods)
@@ -39,9 +46,15 @@ def _queued(spec: FineTuneSpec, cluster: Cluster, said: Queueing | Unknown | Non
     if spec.queue is None:
         return Reason.QUEUED, f"RayCluster {cluster.name} is suspended, and not by spec.queue: unsuspend it to go on"
     if isinstance(said, Queueing):
-        return said.reason, f"queue {spec.queue.name}: {said.message}"
+        place = f"{_ordinal(said.place[0])} of {said.place[1]} waiting here" if said.place is not None else ""
+        return said.reason, ": ".join(filter(None, (f"queue {spec.queue.name}", place, said.message)))
     words = said.reason if said is not None else "Kueue has not looked at it yet"
     return Reason.QUEUED, f"waiting in queue {spec.queue.name}: {words}"
+
+
+def _ordinal(number: int) -> str:
+    teens = 10 < number % 100 < 20
+    return f"{number}{'th' if teens else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
 
 
 def _obstacle(cluster: Cluster, pods: tuple[Pod, ...], head: Head | Unknown | None) -> tuple[str, str]:
@@ -51,7 +64,7 @@ def _obstacle(cluster: Cluster, pods: tuple[Pod, ...], head: Head | Unknown | No
         return Reason.CLUSTER_REFUSED, f"KubeRay refuses it: {cluster.warning.reason}: {cluster.warning.message}"
     if not cluster.seen_by_kuberay:
         return Reason.PROVISIONING, "KubeRay has not taken the RayCluster up yet; is its operator running?"
-    found = [obstacle for pod in pods if (obstacle := _pod_obstacle(pod)) is not None]
+    found = [obstacle for pod in pods if (obstacle := pod_obstacle(pod)) is not None]
     if found:
         # Of several, the one that will not pass by itself: a pod may wait for a node while another's image is missing.
         return min(found, key=lambda obstacle: _WEIGHTS.index(obstacle[0]))
@@ -79,7 +92,8 @@ _WEIGHTS = (
 )
 
 
-def _pod_obstacle(pod: Pod) -> tuple[str, str] | None:
+def pod_obstacle(pod: Pod) -> tuple[str, str] | None:
+    """A reason of ours and the words of whoever says no; None if a pod is on its way."""
     if pod.waiting and pod.waiting[0] in IMAGE_REASONS:
         return FailureClass.IMAGE_PULL, f"{pod.name}: {': '.join(filter(None, pod.waiting))}"
     if pod.waiting and pod.waiting[0] in CONFIG_REASONS:

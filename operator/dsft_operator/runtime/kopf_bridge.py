@@ -121,7 +121,7 @@ class EventSource:
         async def on_pod(namespace: str | None, labels: Json, meta: Json, body: Json, **_: Any) -> None:
             await on_part(namespace, labels, meta)
             name = run_name(labels, meta)
-            if namespace and name:
+            if namespace and name and "ray.io/cluster" in labels:
                 # KubeRay deletes a failed pod at once: the pass that this brings may come too late to see it.
                 hand_over(note, Key(namespace, name), pod_of(body).ended)
 

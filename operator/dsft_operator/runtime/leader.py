@@ -50,7 +50,11 @@ class Elector:
 
     def leads(self) -> bool:
         """Whether this replica may act now."""
-        return self._clock() < self._leads_until
+        return self._left() > 0
+
+    def _left(self) -> float:
+        """Seconds of this replica's time, unless it is renewed; none if it is over."""
+        return max(0.0, self._leads_until - self._clock())
 
     async def acquire(self) -> None:
         """Stand by until this replica leads."""
@@ -64,7 +68,7 @@ class Elector:
     async def keep(self) -> None:
         """Renew the Lease for as long as that goes; returns when this replica does not lead any more."""
         while True:
-            await asyncio.sleep(self._settings.retry_seconds)
+            await asyncio.sleep(min(self._settings.retry_seconds, self._left()))
             # A time that is over is not made longer: another replica may have led since, and what began before must end first.
             if not self.leads():
                 break
@@ -88,8 +92,10 @@ class Elector:
     async def attempt(self) -> bool:
         """Take or renew the Lease, or see who has it; whether this replica leads."""
         try:
-            # Two tries before the time is over: one connection that hangs must not end it.
-            async with asyncio.timeout(self._settings.renew_seconds / 2):
+            # Two tries before the time is over: one connection that hangs must not end it. A leader waits for no answer longer
+            # than its time lasts: what acts must be ended before a standby may begin.
+            patience = self._settings.renew_seconds / 2
+            async with asyncio.timeout(min(patience, self._left()) if self.leads() else patience):
                 began = await self._claim_or_look()
         except (Conflict, TimeoutError, KubeError) as error:
             log.info("the Lease cannot be had: %s", str(error) or "no answer in time")

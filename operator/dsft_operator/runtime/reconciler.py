@@ -3,6 +3,7 @@
 The order is the safety: an intent is in the status before it is carried out, and each action finds itself when repeated.
 """
 
+import asyncio
 import logging
 from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
@@ -18,10 +19,11 @@ from dsft_operator.core.failures import suspect_nodes
 from dsft_operator.core.naming import cluster_name, save_id
 from dsft_operator.core.observed import Cluster, Ended, Head, Observed, RayJob, Run, Unknown
 from dsft_operator.core.plan import plan
+from dsft_operator.core.preflight_job import job_to_look_for
 from dsft_operator.core.refusals import refusal
 from dsft_operator.core.saving import open_request
 from dsft_operator.core.summary import condition_of
-from dsft_operator.ports import Clock, Conflict, Key, Kube, KubeError, KubeRayMissing, RayError, RayJobs
+from dsft_operator.ports import Clock, Conflict, Key, Kube, KubeError, KubeRayMissing, RayError, RayJobs, Refused
 from dsft_operator.runtime import run_metrics
 from dsft_operator.runtime.logs import also
 from dsft_operator.runtime.run_metrics import RunMetrics
@@ -32,6 +34,8 @@ MAX_EVIDENCE = 20
 # How long a pod or RayCluster may be silent before the Events about it are read, and about how many pods.
 SILENT_SECONDS = 10.0
 MAX_STUCK = 1
+# For all answers of a head in one pass: it is a tenant's, and a worker waits for it.
+HEAD_SECONDS = 20.0
 # KubeRay's answer to a RayCluster that it does not take: an Event, and an empty status.
 REFUSALS = ("InvalidRayClusterSpec", "InvalidRayClusterMetadata", "InvalidRayClusterStatus")
 RECONCILES = Counter("dsft_reconcile_total", "Passes over a run, by how they ended.", ["result"])
@@ -157,7 +161,9 @@ class Reconciler:
             # Its pods still tell how they end, to nobody.
             self.evidence.forget(key)
             return seen
-        if cluster is None or not cluster.owned:
+        if cluster is None:
+            return await self._observe_preflight(key, seen)
+        if not cluster.owned:
             return seen
         pods = await self._kube.pods(key, name)
         evidence = self.evidence.add(key, tuple(ended for pod in pods for ended in pod.ended))
@@ -167,7 +173,27 @@ class Reconciler:
         # Before our own uid is in the status, the token was not made and nobody could answer.
         if known is None or known.uid != cluster.uid:
             return seen
-        return await self._observe_ray(seen, cluster)
+        try:
+            async with asyncio.timeout(HEAD_SECONDS):
+                return await self._observe_ray(seen, cluster)
+        except TimeoutError:
+            return replace(seen, head=Unknown(f"the Ray head took more than {HEAD_SECONDS:.0f} s for a few answers"))
+
+    async def _observe_preflight(self, key: Key, seen: Observed) -> Observed:
+        """The look that comes before a RayCluster, where one is due or was begun."""
+        name = job_to_look_for(seen.run)
+        try:
+            job = await self._kube.preflight(key, name, seen.run.uid) if name is not None else None
+        except Refused as error:
+            return replace(seen, preflight=Unknown(str(error)))
+        if job is not None and job.pod is None and _older(job.created, self._clock.now()):
+            try:
+                warnings = await self._kube.warnings(key, job.uid)
+            except KubeError as error:
+                log.info("the reason of a wait cannot be read: %s", error)
+            else:
+                job = replace(job, warning=warnings[-1] if warnings else None)
+        return replace(seen, preflight=job)
 
     async def _observe_words(self, key: Key, seen: Observed, cluster: Cluster) -> Observed:
         """What stands in no status: why Kueue, KubeRay or a kubelet does not go on. Asked only while that matters."""
@@ -237,12 +263,18 @@ class Reconciler:
                 return await self._kube.set_finalizer(seen.run, present=True)
             case do.RemoveFinalizer():
                 return await self._kube.set_finalizer(seen.run, present=False)
-            case do.CreateCluster(manifest) | do.CreateChild(manifest):
+            case do.CreateCluster(manifest) | do.CreateJob(manifest) | do.CreateChild(manifest):
                 await self._kube.create(manifest)
             case do.CreateToken(name, uid):
                 await self._kube.create_token(key, name, uid)
             case do.DeleteCluster(name, uid):
                 await self._kube.delete_cluster(key, name, uid)
+            case do.DeleteJob(name, uid):
+                try:
+                    await self._kube.delete_job(key, name, uid)
+                except Refused as error:
+                    # It ends by itself, and Kubernetes takes it away later: no run waits for that.
+                    log.warning("a preflight's Job stays: %s", error, extra={"job": name})
             case do.SubmitJob() | do.RequestSave() | do.StopJob():
                 await self._ask_ray(seen, action)
         return None

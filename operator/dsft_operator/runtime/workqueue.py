@@ -1,13 +1,14 @@
 """A queue of keys: each key is in it once, and is worked on by one worker at a time.
 
 A key that is added while it is worked on comes back afterwards; one that failed comes back later and later. After
-client-go's workqueue.
+client-go's workqueue, but that runs of one namespace, which may be slow to look at, do not hold up those of others.
 """
 
 import asyncio
 import contextlib
 import random
 import time
+from collections import Counter as Tally
 from collections import deque
 from collections.abc import AsyncGenerator
 
@@ -25,7 +26,8 @@ class WorkQueue:
     """Keys to look at, now or at a time. For one event loop."""
 
     def __init__(self, chance: random.Random | None = None) -> None:
-        self._ready: deque[tuple[Key, float]] = deque()
+        # By namespace; none is empty.
+        self._ready: dict[str, deque[tuple[Key, float]]] = {}
         self._waiting: set[Key] = set()
         self._working: set[Key] = set()
         self._again: set[Key] = set()
@@ -35,12 +37,12 @@ class WorkQueue:
         self._chance = chance or random.Random()  # noqa: S311  jitter, no secret
 
     def __len__(self) -> int:
-        return len(self._ready)
+        return sum(map(len, self._ready.values()))
 
     def begin(self) -> None:
         """Workers begin now: how long keys waited for that is not their latency."""
         now = time.monotonic()
-        self._ready = deque((key, now) for key, _ in self._ready)
+        self._ready = {name: deque((key, now) for key, _ in keys) for name, keys in self._ready.items()}
 
     def add(self, key: Key) -> None:
         """Have a key looked at as soon as possible."""
@@ -49,7 +51,7 @@ class WorkQueue:
             self._again.add(key)
         elif key not in self._waiting:
             self._waiting.add(key)
-            self._ready.append((key, time.monotonic()))
+            self._ready.setdefault(key.namespace, deque()).append((key, time.monotonic()))
             self._wake.set()
 
     def add_after(self, key: Key, seconds: float) -> None:
@@ -69,7 +71,7 @@ class WorkQueue:
         while not self._ready:
             self._wake.clear()
             await self._wake.wait()
-        key, due = self._ready.popleft()
+        key, due = self._take()
         LATENCY.observe(time.monotonic() - due)
         self._waiting.discard(key)
         self._working.add(key)
@@ -89,6 +91,16 @@ class WorkQueue:
         else:
             self._failures.pop(key, None)
             self._release(key)
+
+    def _take(self) -> tuple[Key, float]:
+        """The oldest key of the namespace of which the fewest are worked on."""
+        busy = Tally(key.namespace for key in self._working)
+        namespace = min(self._ready, key=lambda name: (busy[name], self._ready[name][0][1]))
+        keys = self._ready[namespace]
+        taken = keys.popleft()
+        if not keys:
+            del self._ready[namespace]
+        return taken
 
     def _release(self, key: Key) -> None:
         self._working.discard(key)

@@ -13,7 +13,7 @@ def main() -> None:
     parser.add_argument("--mark-ready", action="store_true", help="no kubelet here: mark each pod as running and ready")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    Standin(new_client_from_config(), (lambda _: True) if arguments.mark_ready else None).run()
+    Standin(new_client_from_config(), (lambda _: "127.0.0.1") if arguments.mark_ready else None).run()
 
 
 if __name__ == "__main__":

@@ -46,6 +46,9 @@ class Api:
             "GET",
             path,
             watch=True,
+            # Any state, not the newest: for that the API server would wait until its cache has seen all that was written, of
+            # other kinds too, which an etcd before 3.6 does not tell it; it gives up after 3 s, and so on for ever.
+            resource_version="0",
             label_selector=label_selector,
             timeout_seconds=_WATCH_SECONDS,
             serialize=False,

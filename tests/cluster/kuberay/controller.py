@@ -56,9 +56,9 @@ class Queue:
 
 
 class Standin:
-    """The controller. `mark_ready` says which pending pods to mark as ready where no kubelet runs (`lambda pod: True`)."""
+    """The controller. `mark_ready` says at which address a pod is ready, where no kubelet runs; None: not yet."""
 
-    def __init__(self, client: ApiClient, mark_ready: Callable[[dict[str, Any]], bool] | None = None) -> None:
+    def __init__(self, client: ApiClient, mark_ready: Callable[[dict[str, Any]], str | None] | None = None) -> None:
         self._api = Api(client)
         self._mark_ready = mark_ready
         self._queue = Queue()

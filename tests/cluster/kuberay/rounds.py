@@ -56,10 +56,12 @@ class Round:
         self.api.create(f"{self.core}/events", body)
 
 
-def reconcile(api: Api, namespace: str, name: str, mark_ready: Callable[[Object], bool] | None = None) -> float | None:
+def reconcile(
+    api: Api, namespace: str, name: str, mark_ready: Callable[[Object], str | None] | None = None
+) -> float | None:
     """Bring one cluster a step further; seconds until the next look, or None when there is nothing to look at.
 
-    `mark_ready` takes the kubelet's place where there is none: it says which pods to mark as running and ready.
+    `mark_ready` takes the kubelet's place where there is none: the address at which a pod is running and ready; None: not yet.
     """
     try:
         cluster = api.get(f"{CLUSTERS}/namespaces/{namespace}/rayclusters/{name}")
@@ -81,7 +83,7 @@ def reconcile(api: Api, namespace: str, name: str, mark_ready: Callable[[Object]
     return _run(this, mark_ready)
 
 
-def _run(this: Round, mark_ready: Callable[[Object], bool] | None) -> float:
+def _run(this: Round, mark_ready: Callable[[Object], str | None] | None) -> float:
     unfinished: UnfinishedError | None = None
     try:
         _ensure_secret(this)
@@ -92,8 +94,8 @@ def _run(this: Round, mark_ready: Callable[[Object], bool] | None) -> float:
     found = this.pods()
     if mark_ready:
         for pod in found:
-            if pod["status"]["phase"] == "Pending" and mark_ready(pod):
-                this.api.merge(f"{this.core}/pods/{pod['metadata']['name']}/status", {"status": _running(pod)})
+            if pod["status"]["phase"] == "Pending" and (address := mark_ready(pod)):
+                this.api.merge(f"{this.core}/pods/{pod['metadata']['name']}/status", {"status": _running(pod, address)})
         found = this.pods()
     wrote = _write_status(this, found, unfinished)
     return SOON if wrote or unfinished else IDLE
@@ -237,13 +239,13 @@ def _exists(this: Round, path: str) -> bool:
     return True
 
 
-def _running(pod: Mapping[str, Any]) -> Object:
+def _running(pod: Mapping[str, Any], address: str) -> Object:
     now = _now()
     kinds = ("PodScheduled", "Initialized", "ContainersReady", "Ready")
     return {
         "phase": "Running",
-        "podIP": "127.0.0.1",
-        "podIPs": [{"ip": "127.0.0.1"}],
+        "podIP": address,
+        "podIPs": [{"ip": address}],
         "startTime": now,
         "conditions": [{"type": kind, "status": "True", "lastTransitionTime": now} for kind in kinds],
         "containerStatuses": [

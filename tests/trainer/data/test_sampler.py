@@ -3,11 +3,20 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dsft_api.conditions import FailureClass
-from dsft_trainer.data.sampler import GlobalBatches, eval_batches, permutation, split, split_eval
+from dsft_trainer.data.sampler import (
+    GlobalBatches,
+    Member,
+    eval_batches,
+    mixed,
+    permutation,
+    quotas,
+    split,
+    split_eval,
+)
 from dsft_trainer.errors import TrainerError
 
 sizes = st.integers(1, 300)
@@ -45,6 +54,52 @@ def test_any_step_can_be_asked_for_directly(n, batch, seed, step):
     epoch = step // batches.steps_per_epoch
     position = step % batches.steps_per_epoch * batch
     assert batches.batch(step).tolist() == permutation(seed, epoch, n)[position : position + batch].tolist()
+
+
+members = st.lists(st.builds(Member, st.integers(1, 60), st.floats(0.01, 100)), min_size=2, max_size=5).map(tuple)
+
+
+@given(members=members)
+def test_an_epoch_of_a_mixture_has_as_many_samples_as_rows_shared_by_weight(members):
+    counts, rows = quotas(members), sum(member.rows for member in members)
+    assert sum(counts) == rows
+    total = sum(member.weight for member in members)
+    assert all(abs(count - rows * member.weight / total) < 1 for count, member in zip(counts, members, strict=True))
+
+
+@given(members=members, seed=seeds)
+def test_no_row_of_a_member_comes_again_before_all_others_of_it(members, seed):
+    assume(min(quotas(members)) > 0)
+    order = np.concatenate([mixed(seed, epoch, members) for epoch in range(4)])
+    first = 0
+    for member, count in zip(members, quotas(members), strict=True):
+        drawn = order[(order >= first) & (order < first + member.rows)] - first
+        assert len(drawn) == 4 * count
+        for begin in range(0, len(drawn), member.rows):
+            one_pass = drawn[begin : begin + member.rows]
+            assert len(set(one_pass.tolist())) == len(one_pass)
+        first += member.rows
+
+
+def test_the_order_of_a_mixture_is_pinned():
+    """A run resumed by a later version must find its samples where it left them."""
+    few_and_many = (Member(3, 1.0), Member(7, 1.0))
+    assert mixed(42, 0, few_and_many).tolist() == [8, 1, 7, 2, 0, 5, 1, 4, 0, 3]
+    assert mixed(42, 1, few_and_many).tolist() == [2, 2, 6, 9, 4, 5, 1, 0, 9, 1]
+
+
+def test_any_step_of_a_mixture_can_be_asked_for_directly():
+    two = (Member(30, 3.0), Member(14, 1.0))
+    batches = GlobalBatches(44, 8, 7, two)
+    assert batches.steps_per_epoch == 5
+    assert batches.batch(13).tolist() == mixed(7, 2, two)[24:32].tolist()
+
+
+def test_a_member_without_a_sample_is_refused_by_name():
+    with pytest.raises(
+        TrainerError, match=r"spec\.data\.mixture\[1\]\.weight 0\.001 gives it no sample in an epoch of 44"
+    ):
+        GlobalBatches(44, 8, 7, (Member(30, 3.0), Member(14, 0.001)))
 
 
 @given(world=few, micro=few, accumulation=few)

@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import datasets
+import httpx2
 import pyarrow as pa
 import pytest
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from pyarrow import csv, parquet
 
 from dsft_api.conditions import FailureClass
@@ -206,8 +208,23 @@ except TrainerError as error:
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60, check=True
     )
-    assert "ModelDenied: hf://org/name cannot be fetched: the Hub cannot be reached" in done.stdout
+    assert "Unknown: hf://org/name cannot be fetched: the Hub cannot be reached" in done.stdout
     assert "HF_ENDPOINT" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("status", "passes"), [(429, True), (503, True), (500, True), (401, False), (403, False), (404, False)]
+)
+def test_a_hub_that_has_no_time_is_asked_again(status: int, passes: bool) -> None:
+    request = httpx2.Request("GET", "https://hub.example.com/api")
+    refused = HfHubHTTPError("no", response=httpx2.Response(status, request=request))
+    # As a download tells it that finds nothing in the cache either.
+    absent = LocalEntryNotFoundError("nothing here")
+    absent.__cause__ = refused
+    for error in (refused, absent):
+        found = hub_error("hf://org/name", "model", error)
+        assert found.failure_class.failure.retried is passes
+        assert found.failure_class is (FailureClass.UNKNOWN if passes else FailureClass.MODEL_DENIED)
 
 
 def test_an_unknown_data_set_of_the_hub_names_the_token():

@@ -1,20 +1,25 @@
 """Exactly which tokens each format makes, and which of them are trained."""
 
+import json
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pytest
 from transformers import AutoTokenizer
 
 from dsft_api.conditions import FailureClass
-from dsft_api.spec.identity import ChatTemplate, DataSpec
+from dsft_api.job import Job
+from dsft_api.spec.identity import DataSpec
 from dsft_api.spec.placement import StorageSpec
+from dsft_api.status import Inputs
 from dsft_trainer.data.indexed import open_indexed, write_indexed
 from dsft_trainer.data.sources import fetch
 from dsft_trainer.data.tokens import IGNORED, Encoder, set_chat_template, tokenize
 from dsft_trainer.errors import TrainerError
 from tests.trainer import tiny
+from tests.trainer.runs import causal_lm, first_attempt
 
 BOS, EOS = 1, 2
 
@@ -134,6 +139,19 @@ def test_keys_that_other_messages_have_do_not_reach_the_template():
     assert trained(tokenizer, row) == ["c|"]
 
 
+def test_arguments_that_other_tools_have_are_not_learnt():
+    template = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.arguments | tojson }}{% endfor %}{% endfor %}"
+    )
+    tokenizer = tiny.tokenizer(chat_template=template)
+    for arguments in ({"city": "Paris"}, {"to": "Bob", "with": {"subject": "Hi"}}):
+        # As Arrow gives each row of a file in which both are.
+        every = {"city": None, "to": None, "with": None} | arguments
+        said = {"role": "assistant", "content": "", "tool_calls": [{"arguments": every}]}
+        (row,) = encode(tokenizer, "messages", {"messages": [[{"role": "user", "content": "a"}, said]]}, lossOn="all")
+        assert json.loads(tokenizer.decode(row["input_ids"])) == arguments
+
+
 REWRITES = "{% for m in messages %}{{ loop.length }}{{ m.content }}{% endfor %}"
 REFUSES = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}{{ messages[0].content }}"
 
@@ -190,17 +208,37 @@ def test_one_text_is_classified_without_token_types_where_the_tokenizer_makes_no
     assert row == {"input_ids": [BOS, *ids(tiny.tokenizer(), "The ship")], "label": 1, "weight": 1}
 
 
+def job_on(template: dict[str, str], resolved: Inputs | None = None) -> Job:
+    document = causal_lm("chat", Path("/model"), Path("/messages"), steps=1)["spec"]
+    document["data"]["chatTemplate"] = template
+    return first_attempt(document, resolved=resolved)
+
+
 def test_the_chat_template_comes_from_the_manifest_or_another_model(tmp_path):
     tiny.tokenizer(chat_template=tiny.CHATML).save_pretrained(tmp_path / "chat")
     tiny.tokenizer().save_pretrained(tmp_path / "base")
-    given = {"storage": StorageSpec(), "cache": tmp_path}
     for template in ({"template": tiny.CHATML}, {"fromModel": f"file://{tmp_path}/chat"}):
         tokenizer = tiny.tokenizer()
-        set_chat_template(tokenizer, ChatTemplate.model_validate(template), **given)
+        set_chat_template(tokenizer, job_on(template), tmp_path)
         assert tokenizer.chat_template == tiny.CHATML
-    base = ChatTemplate(from_model=f"file://{tmp_path}/base")
     with pytest.raises(TrainerError, match="has no chat template"):
-        set_chat_template(tiny.tokenizer(), base, **given)
+        set_chat_template(tiny.tokenizer(), job_on({"fromModel": f"file://{tmp_path}/base"}), tmp_path)
+
+
+def test_a_template_on_the_hub_is_that_of_the_pinned_commit(tmp_path, monkeypatch):
+    """Both commits are in the node's cache; the branch is at the newer one."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    pinned, newer = "1" * 40, "2" * 40
+    repository = tmp_path / "models--org--chat"
+    for commit, template in ((pinned, tiny.CHATML), (newer, tiny.CHATML_GENERATION)):
+        tiny.tokenizer(chat_template=template).save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(newer)
+    for resolved, expected in ((Inputs(template_revision=pinned), tiny.CHATML), (Inputs(), tiny.CHATML_GENERATION)):
+        tokenizer = tiny.tokenizer()
+        set_chat_template(tokenizer, job_on({"fromModel": "org/chat"}, resolved), tmp_path)
+        assert tokenizer.chat_template == expected
 
 
 @pytest.mark.parametrize("data_format", ["classification", "pair", "text", "prompt_completion", "messages"])
@@ -210,7 +248,7 @@ def test_the_indexed_file_holds_the_same_rows(data_format, tmp_path):
     rows = pa.Table.from_pylist(tiny.rows(data_format, 30))
     rows = rows.rename_columns([{"textPair": "text_pair"}.get(name, name) for name in rows.column_names])
     tokens = tokenize(rows, encoder(tokenizer, data_format))
-    write_indexed(tokens, tmp_path / "a" / "train.arrow")
+    write_indexed([tokens], tmp_path / "a" / "train.arrow")
     indexed = open_indexed(tmp_path / "a" / "train.arrow")
     assert len(indexed) == 30
     assert indexed.weights.tolist() == tokens["weight"].to_pylist()
@@ -229,7 +267,7 @@ def test_the_digest_tells_content_from_storage(tmp_path):
         "other order": tokens.take(np.arange(30)[::-1].copy()),
     }
     for name, table in variants.items():
-        write_indexed(table, tmp_path / name)
+        write_indexed([table], tmp_path / name)
     digests = {name: open_indexed(tmp_path / name).digest for name in variants}
     assert digests["same"] == digests["in chunks"] != digests["other order"]
 

@@ -43,6 +43,13 @@ def named(name: str) -> Document:
     return {**MANIFEST, "metadata": {"name": name}}
 
 
+def program(**source: str) -> Document:
+    return changed({**PROGRAM, "program": {**PROGRAM["program"], "source": source}})
+
+
+ARCHIVE, DIGEST = "s3://bucket/code.tar.gz", f"sha256:{'0' * 64}"
+GIT, REV = "https://example.com/code.git", "0" * 40
+
 # Message of the rule: what it takes, what it refuses.
 RULES: dict[str, list[tuple[Document, Document]]] = {
     "metadata.name must be 40 characters at most and start with a letter": [
@@ -74,6 +81,18 @@ RULES: dict[str, list[tuple[Document, Document]]] = {
     "set exactly one of epochs and maxSteps": [
         (changed({"training.epochs": None, "training.maxSteps": 9}), changed({"training.maxSteps": 9})),
         (MANIFEST, changed({"training.epochs": None})),
+    ],
+    "set exactly one of archive and git": [
+        (program(archive=ARCHIVE, digest=DIGEST), program()),
+        (program(git=GIT, rev=REV), program(archive=ARCHIVE, digest=DIGEST, git=GIT, rev=REV)),
+    ],
+    "archive needs digest, and digest archive": [
+        (program(archive=ARCHIVE, digest=DIGEST), program(archive=ARCHIVE)),
+        (program(git=GIT, rev=REV), program(git=GIT, rev=REV, digest=DIGEST)),
+    ],
+    "git needs rev, and rev git": [
+        (program(git=GIT, rev=REV), program(git=GIT)),
+        (program(archive=ARCHIVE, digest=DIGEST), program(archive=ARCHIVE, digest=DIGEST, rev=REV)),
     ],
     "set exactly one of value and valueFrom": [
         (changed({"env": [{"name": "A", "value": "1"}]}), changed({"env": [{"name": "A"}]})),
@@ -136,6 +155,6 @@ def frozen_message(field: str) -> str:
 def placement_message(field: str) -> str:
     """What a user is told who changes where a run runs while it runs."""
     return (
-        f"spec.{field} may change only while the run is Pending, Suspended or Failed; "
+        f"spec.{field} may change only while the run is Pending, Queued, Suspended or Failed; "
         "set spec.suspend to true, and change it in phase Suspended"
     )

@@ -5,12 +5,21 @@ import pytest
 from dsft_api.checks import check
 from dsft_api.conditions import Reason
 from dsft_api.manifest import ManifestError, Problem, parse
+from dsft_api.plain_secrets import without_secrets
 
 PAIR = {
     "spec.model.task": "sequence-classification",
     "spec.data.train.format": "pair",
 }
 NO_EVAL = {"spec.data.eval": None}
+
+
+def mixture(**fields: object) -> dict[str, object]:
+    """Two data sets, the second one with these fields."""
+    first, second = ({"uri": f"hf://org/{name}", "format": "text"} for name in "ab")
+    return {"spec.data": {"mixture": [first, {**second, **fields}]}}
+
+
 REDACTED = "[redacted]"
 
 
@@ -58,6 +67,12 @@ CONTRADICTIONS = [
         "remove it",
     ),
     # data and task
+    (
+        {"spec.model.trustRemoteCode": True, "spec.data.loader": "ray-data"},
+        "spec.data.loader",
+        "does not fit spec.model.trustRemoteCode",
+        "use loader torch",
+    ),
     ({"spec.data.train.format": "pair"}, "spec.data.train.format", "task causal-lm", "text or prompt_completion or"),
     ({"spec.data.eval.format": "classification"}, "spec.data.eval.format", "task causal-lm", "use text"),
     (
@@ -68,6 +83,13 @@ CONTRADICTIONS = [
     ),
     ({"spec.data.lossOn": "completion"}, "spec.data.lossOn", "fit format messages", "assistant or all"),
     ({**PAIR, "spec.data.lossOn": "all"}, "spec.data.lossOn", "does not fit format pair", "remove it"),
+    ({**PAIR, "spec.data.packing": True}, "spec.data.packing", "does not fit task sequence-cl", "remove it"),
+    (
+        {**PAIR, "spec.execution.lossKernel": "chunked"},
+        "spec.execution.lossKernel",
+        "does not fit task sequence-classification",
+        "write standard",
+    ),
     (
         {"spec.data.train.format": "text", "spec.data.chatTemplate": {"fromModel": "a/b"}},
         "spec.data.chatTemplate",
@@ -81,6 +103,24 @@ CONTRADICTIONS = [
         "is the training data itself",
         "evalFraction",
     ),
+    # mixtures
+    (mixture(uri="gs://b/m"), "spec.data.mixture[1].uri", "gs:// is not known here", "hf://"),
+    (mixture(format="pair"), "spec.data.mixture[1].format", "task causal-lm", "text or prompt_completion or"),
+    (mixture(columns={"label": "y"}), "spec.data.mixture[1].columns.label", "not read by format text", "reads text"),
+    (mixture(uri="s3://bucket/rows", subset="x"), "spec.data.mixture[1].subset", "hf:// URIs only", "remove it"),
+    (
+        {**mixture(), "spec.data.eval": {"uri": "hf://org/b", "format": "text"}},
+        "spec.data.eval",
+        "is the training data itself",
+        "another split",
+    ),
+    (
+        {**mixture(), "spec.data.eval": {"split": "test", "format": "text"}},
+        "spec.data.eval.uri",
+        "is missing",
+        "add uri",
+    ),
+    ({**mixture(), "spec.data.eval": {"uri": "hf://org/c"}}, "spec.data.eval.format", "is missing", "add format"),
     # evaluation
     (
         {**NO_EVAL, "spec.evaluation.everySteps": 5},
@@ -95,6 +135,24 @@ CONTRADICTIONS = [
         "evalFraction",
     ),
     ({**NO_EVAL, "spec.checkpoint.keepBest": 2}, "spec.checkpoint.keepBest", "no evaluation data", "remove it"),
+    (
+        {"spec.evaluation.earlyStopping": {}, "spec.checkpoint.keepBest": 0},
+        "spec.checkpoint.keepBest",
+        "exports the best checkpoint",
+        "set it to 1",
+    ),
+    (
+        {**NO_EVAL, "spec.evaluation.earlyStopping": {}},
+        "spec.evaluation.earlyStopping",
+        "no evaluation data",
+        "evalFraction",
+    ),
+    (
+        {"spec.export": {"format": "none", "pushToHub": {"repoId": "a/b"}}},
+        "spec.export.pushToHub",
+        "no export",
+        "safetensors",
+    ),
     ({"spec.evaluation.metric": "f1"}, "spec.evaluation.metric", "for task sequence-cl", "use loss or perplexity"),
     (
         {**PAIR, "spec.evaluation.metric": "perplexity"},
@@ -122,6 +180,18 @@ CONTRADICTIONS = [
         "spec.training.precision",
         "for GPUs only",
         "bf16 or fp32",
+    ),
+    (
+        {"spec.export.mergeLora": False},
+        "spec.export.mergeLora",
+        "no adapters to merge",
+        "add spec.training.lora",
+    ),
+    (
+        {"spec.training.lora": {}, "spec.export": {"mergeLora": False, "format": "none"}},
+        "spec.export.mergeLora",
+        "nothing is exported",
+        "remove spec.export.format",
     ),
     # hardware
     (
@@ -171,6 +241,19 @@ CONTRADICTIONS = [
         "spec.deepspeed.config.comms_logger.x[0]",
         "looks like a GitHub token",
         "revoke it",
+    ),
+    # queues
+    (
+        {"spec.queue": {"name": "root.a", "scheduler": "yunikorn", "priorityClass": "high"}},
+        "spec.queue.priorityClass",
+        "no effect with scheduler yunikorn",
+        "spec.nodePools[].priorityClassName",
+    ),
+    (
+        {"spec.queue": {"name": "a", "scheduler": "kai"}, "spec.deadlines": {"queueSeconds": 60}},
+        "spec.deadlines.queueSeconds",
+        "no effect with scheduler kai",
+        "spec.deadlines.provisionSeconds",
     ),
     # DeepSpeed
     ({"spec.deepspeed.config": {"bf16": {}}}, "spec.deepspeed.config.bf16", "decided by", "spec.training.precision"),
@@ -234,6 +317,14 @@ def test_each_contradiction_is_one_problem_with_a_way_out(manifest, edits, field
 
 RIGHT = [
     {},
+    {"spec.data.packing": True, "spec.execution.lossKernel": "chunked"},
+    mixture(weight=0.5, format="messages"),
+    {**mixture(), "spec.data.eval": {"uri": "hf://org/c", "format": "prompt_completion"}},
+    {"spec.training.lora": {}},
+    {
+        "spec.training.lora": {"targetModules": "q_proj, layers.0.v_proj", "useDora": True},
+        "spec.export.mergeLora": False,
+    },
     {**PAIR, "spec.evaluation.metric": "f1", "spec.data.train.columns": {"textPair": "b", "label": "y"}},
     {
         "spec.data.lossOn": "all",
@@ -302,3 +393,12 @@ def test_settings_of_the_built_in_training_have_no_effect_on_a_program(manifest)
         "spec.startFrom",
     }
     assert {problem.message for problem in found} == {"has no effect with spec.program"}
+
+
+@pytest.mark.parametrize("end", ["", "\n", " \r\n"])
+def test_a_secret_is_cut_out_of_what_is_told_with_or_without_its_lines_end(end: str) -> None:
+    """`echo secret | base64` brings one; clients strip it, or print it as it is written in Python."""
+    secret = f"very-secret-{end}"
+    told = without_secrets(f"header {secret!r}, {secret} and {secret.strip()}", {"MLFLOW_TRACKING_TOKEN": secret})
+    assert "very-secret" not in told
+    assert told.count(REDACTED) == 3

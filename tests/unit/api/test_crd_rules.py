@@ -119,7 +119,7 @@ def test_program_is_frozen_once_the_run_began():
 def test_placement_changes_only_while_nothing_runs(field, changes):
     for phase in Phase:
         old = in_phase(phase)
-        expected = [] if phase in ("Pending", "Suspended", "Failed") else [placement_message(to_camel(field))]
+        expected = [] if phase in ("Pending", "Queued", "Suspended", "Failed") else [placement_message(to_camel(field))]
         assert refusals(changed(changes, old), old) == expected, phase
         assert refusals(old, changed(changes, old)) == expected, phase
     unseen = {**MANIFEST, "status": {"observedGeneration": -1}}
@@ -135,6 +135,7 @@ def test_every_field_belongs_to_one_group():
         "export",
         "tracking",
         "suspend",
+        "preflight",
         "queue",
         "retry",
         "deadlines",

@@ -172,8 +172,8 @@ spec:
   deepspeed:
     config:
       fp16: {enabled: true}
-  tracking:
-    wandb: {project: x}
+    offload:
+      params: cpu
 """
 
 
@@ -186,7 +186,7 @@ def test_six_mistakes_and_more_are_told_at_once_with_their_lines():
         (17, "spec.training.optimizer.learningrate"),
         (19, "spec.execution.microBatchSize"),
         (22, "spec.deepspeed.config.fp16"),
-        (24, "spec.tracking.wandb"),
+        (24, "spec.deepspeed.offload.params"),
     ]
 
 

@@ -23,6 +23,7 @@ def recorded(story: Story) -> Simulation:
     run = story.simulation().run()
     world = run.world
     assert (None if world.gone else world.seen_status.phase) is story.end
+    assert world.gone == (story.end is None)
     assert (len(world.submissions), world.made) == (story.submissions, story.clusters)
     assert not list(remains(run))
     return run
@@ -166,8 +167,8 @@ def differences(where: str, one: Any, other: Any) -> Iterator[str]:
 
 def remains(run: Simulation) -> Iterator[str]:
     """What nobody needs any more, and is there."""
-    if run.world.clusters or run.world.children:
-        yield f"left: {[*run.world.clusters, *run.world.children]}"
+    if left := [*run.world.clusters, *run.world.children, *run.world.jobs]:
+        yield f"left: {left}"
 
 
 def told(run: Simulation, point: Point) -> str:

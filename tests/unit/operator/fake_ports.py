@@ -9,16 +9,17 @@ from datetime import datetime
 from typing import Any
 
 from dsft_api.job import SAVE_ENV
+from dsft_api.preflight import PreflightResult
 from dsft_api.progress import Progress, TrainerPhase
 from dsft_api.status import FineTuneStatus
 from dsft_operator.adapters.reading import run_of
 from dsft_operator.core.decision import SubmitJob
 from dsft_operator.core.naming import FINALIZER, ray_token
-from dsft_operator.core.observed import Cluster, Head, Pod, Queueing, RayJob, Run, Unknown, Warned
-from dsft_operator.ports import Conflict, Key, KubeError, KubeRayMissing, Manifest, RayError
+from dsft_operator.core.observed import Cluster, Head, Pod, PreflightJob, Queueing, RayJob, Run, Unknown, Warned
+from dsft_operator.ports import Conflict, Key, KubeError, KubeRayMissing, Manifest, RayError, Refused
 from dsft_operator.runtime.reconciler import Reconciler
 from tests.unit.operator.situations import CONFIG, told
-from tests.unit.operator.world import KEY, RayCluster, World
+from tests.unit.operator.world import KEY, Job, RayCluster, World
 
 
 def operator_in(world: World) -> Reconciler:
@@ -76,6 +77,18 @@ class FakeKube:
             head_address=name if found.ready else None,
         )
 
+    async def preflight(self, key: Key, name: str, run_uid: str) -> PreflightJob | None:
+        self._up()
+        self._may("get Job")
+        job = self._world.jobs.get(name)
+        if job is None:
+            return None
+        result = PreflightResult(run_uid=run_uid, findings=self._world.finds) if job.age >= 2 else None
+        pod = Pod(f"{name}-1", "worker", "", ready=job.age > 0)
+        return PreflightJob(
+            name, job.uid, job.owner == run_uid, deleting=job.deleting, created=job.created, pod=pod, result=result
+        )
+
     async def pods(self, key: Key, cluster: str) -> tuple[Pod, ...]:
         return (*self._world.pods, *self._world.pods_without_secret(cluster), *self._world.dead_pods(cluster))
 
@@ -111,6 +124,10 @@ class FakeKube:
                 created=self._world.now,
                 as_made=copy.deepcopy(manifest),
             )
+        elif manifest["kind"] == "Job" and name not in self._world.jobs:
+            self._world.looked += 1
+            owner = manifest["metadata"]["ownerReferences"][0]["uid"]
+            self._world.jobs[name] = Job(name, f"job-{self._world.looked}", owner, self._world.now)
         elif manifest["kind"] == "NetworkPolicy":
             owner = manifest["metadata"]["ownerReferences"][0]["uid"]
             self._world.children.setdefault(("NetworkPolicy", name), owner)
@@ -130,6 +147,15 @@ class FakeKube:
             if found is not None and found.uid == uid:
                 found.deleting = True
 
+        self._write(effect)
+
+    async def delete_job(self, key: Key, name: str, uid: str) -> None:
+        def effect() -> None:
+            found = self._world.jobs.get(name)
+            if found is not None and found.uid == uid:
+                found.deleting = True
+
+        self._may("delete Job")
         self._write(effect)
 
     async def set_finalizer(self, run: Run, *, present: bool) -> str:
@@ -162,7 +188,7 @@ class FakeKube:
 
     def _may(self, kind: str) -> None:
         if kind in self._world.refused:
-            raise KubeError(self._world.refused[kind])
+            raise Refused(self._world.refused[kind])
 
     def _up(self) -> None:
         if self._world.api_down:

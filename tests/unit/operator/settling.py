@@ -48,7 +48,11 @@ def without_times(status: FineTuneStatus) -> FineTuneStatus:
 
 
 def replace_status(status: FineTuneStatus, **changes: Any) -> FineTuneStatus:
-    timeless = dict.fromkeys(("start_time", "completion_time", "phase_time"), NOW)
+    timeless: dict[str, Any] = dict.fromkeys(("start_time", "completion_time", "phase_time"), NOW)
+    if (look := status.preflight) is not None:
+        timeless["preflight"] = look.model_copy(
+            update={"start_time": NOW, "end_time": NOW if look.end_time is not None else None}
+        )
     attempts = tuple(
         a.model_copy(
             update={
@@ -76,6 +80,7 @@ def outcome(world: World) -> Any:
         "retry_token",
         "resolved",
         "logs",
+        "preflight",
     )
     conditions = tuple(condition.model_copy(update={"observed_generation": 1}) for condition in status.conditions)
     checkpoints = status.checkpoints and status.checkpoints.model_copy(update={"retained": ()})

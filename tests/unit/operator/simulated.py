@@ -39,7 +39,7 @@ REST_SECONDS = RESYNC_SECONDS * 1.2 + 20
 MOST_SECONDS = 6000.0
 
 SILENCE = "the connection was reset"
-KUBE_READS = ("run", "runs", "cluster", "pods", "queueing", "warnings", "node_trouble")
+KUBE_READS = ("run", "runs", "cluster", "preflight", "pods", "queueing", "warnings", "node_trouble")
 RAY_READS = ("head", "job", "progress")
 MOST_LATE = 3
 
@@ -209,7 +209,8 @@ class Simulation:
             f"RayCluster {c.name}": (c.uid, c.deleting, c.suspended, c.seen, c.ready, world.pods_without_secret(c.name))
             for c in world.clusters.values()
         }
-        return {"resource": (world.version, world.gone), "pods": world.pods, **clusters}
+        jobs = {f"Job {job.name}": (job.uid, job.deleting, min(job.age, 2)) for job in world.jobs.values()}
+        return {"resource": (world.version, world.gone), "pods": world.pods, **clusters, **jobs}
 
 
 class _Port:

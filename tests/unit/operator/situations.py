@@ -26,6 +26,8 @@ SPEC: dict[str, Any] = {
     "storage": {"uri": "s3://bucket/runs", "credentials": {"secretName": "s3"}},
     "nodePools": [{"name": "gpu", "nodes": 2, "gpusPerNode": 1}],
     "checkpoint": {"drainSeconds": 60},
+    # A step before all others, which its own tests take.
+    "preflight": {"enabled": False},
 }
 
 

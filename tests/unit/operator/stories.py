@@ -5,16 +5,19 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from dsft_api.conditions import Phase
+from dsft_api.conditions import FailureClass, Phase
+from dsft_api.preflight import Finding
+from dsft_operator.core.naming import FINALIZER
 from dsft_operator.core.observed import Pod
 from tests.unit.operator.simulated import Point, Simulation, Until, User
 from tests.unit.operator.situations import UID
 from tests.unit.operator.world import RayCluster, World
 
 STEPS = 3
-# Less than the 180 s and 60 s of real life, each of whose looks would be a few more points of the same kind.
+# Less than the 180 s, 60 s and 600 s of real life, each of whose looks would be a few more points of the same kind.
 UNREACHABLE_SECONDS = 40
 STRANDED_SECONDS = 15
+PREFLIGHT_SECONDS = 40
 SILENT_TICKS = 16
 NAME = f"chat-{UID[:5]}"
 # Deleted in a phase means there or later: a disturbed run may pass a phase by.
@@ -199,6 +202,60 @@ def gpu_fault(world: World) -> None:
     world.lose_worker("GpuFault", host=f"{NAME}-gpu-1")
 
 
+LOOKS = {"preflight": {"enabled": True}}
+FINDING = Finding(
+    failure_class=FailureClass.DATA_INVALID, field="spec.data.train", message="no rows", remedy="add some"
+)
+
+
+def mends_what_was_found(world: World) -> Iterator[Until]:
+    yield lambda: phase(world) is Phase.FAILED
+    world.finds = ()
+    world.edit(retry={"token": "2"})
+
+
+def suspends_while_it_is_looked_at(world: World) -> Iterator[Until]:
+    yield lambda: bool(world.jobs)
+    world.edit(suspend=True)
+    yield lambda: phase(world) is Phase.SUSPENDED
+    world.edit(suspend=False)
+
+
+def deleted_early(world: World) -> Iterator[Until]:
+    yield passed(world, 20)
+    world.delete()
+
+
+def another_token_meanwhile(world: World) -> Iterator[Until]:
+    """What was found is not mended, and what is set while the next look is under way is a look of its own."""
+    yield lambda: phase(world) is Phase.FAILED
+    world.edit(retry={"token": "2"})
+    yield lambda: (look := world.seen_status.preflight) is not None and look.end_time is None and world.looked > 1
+    world.edit(retry={"token": "3"})
+
+
+NO_RIGHT: dict[str, Any] = {"refused": {"get Job": "the API server answered 403: jobs.batch is forbidden"}}
+PREFLIGHTS: dict[str, Story] = {
+    "nothing is found": Story(spec=LOOKS),
+    "something is found": Story(Phase.FAILED, LOOKS, facts={"finds": (FINDING,)}, submissions=0, clusters=0),
+    "what was found is mended": Story(spec=LOOKS, user=mends_what_was_found, facts={"finds": (FINDING,)}, pauses=True),
+    "it comes to no result": Story(spec=LOOKS, facts={"mute": True}),
+    "it does not in the time that nodes have": Story(
+        Phase.FAILED, {**LOOKS, "deadlines": {"provisionSeconds": 20}}, facts={"mute": True}, submissions=0, clusters=0
+    ),
+    "suspended meanwhile": Story(spec=LOOKS, user=suspends_while_it_is_looked_at, pauses=True),
+    "in a queue": Story(spec={**LOOKS, **QUEUE}, facts=ADMITTED),
+    "a token more while it is looked at": Story(
+        Phase.FAILED, LOOKS, another_token_meanwhile, {"finds": (FINDING,)}, submissions=0, clusters=0, pauses=True
+    ),
+    "Jobs may not be read": Story(spec=LOOKS, facts=NO_RIGHT),
+    "Jobs may not be read, and nodes have their time": Story(
+        Phase.FAILED, {**LOOKS, "deadlines": {"provisionSeconds": 20}}, facts=NO_RIGHT, submissions=0, clusters=0
+    ),
+    "Jobs may not be read, and it is deleted": Story(
+        None, LOOKS, deleted_early, {**NO_RIGHT, "finalizers": [FINALIZER]}, submissions=0, clusters=0
+    ),
+}
 FAILURES: dict[str, Story] = {
     "nothing fails": Story(),
     "a worker is lost": Story(user=at_step(1, World.lose_worker), submissions=2),

@@ -15,9 +15,11 @@ CALLS: dict[str, Callable[[KubeApi], Awaitable[object]]] = {
     "run": lambda kube: kube.run(KEY),
     "runs": lambda kube: kube.runs(),
     "cluster": lambda kube: kube.cluster(KEY, "chat-1", "uid"),
+    "preflight": lambda kube: kube.preflight(KEY, "chat-p", "uid"),
     "pods": lambda kube: kube.pods(KEY, "chat-1"),
     "queueing": lambda kube: kube.queueing(KEY, "uid"),
     "delete": lambda kube: kube.delete_cluster(KEY, "chat-1", "uid"),
+    "delete a Job": lambda kube: kube.delete_job(KEY, "chat-p", "uid"),
     "status": lambda kube: kube.apply_status(begin().run, begin().run.status, "1"),
 }
 ANSWERS = {"closed": b"", "cut": b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"}

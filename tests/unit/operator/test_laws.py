@@ -24,9 +24,18 @@ from tests.unit.operator.world import KEY, STEPS, Crash, World
 FAULTS = ["restart_head", "lose_worker", "lose_cluster", "take_nodes", "let_a_zombie_write"]
 
 
-def undisturbed(queued: bool) -> Any:
+def spec(queued: bool, looks: bool) -> dict[str, Any]:
+    """A run in a queue or not, with a preflight or not."""
+    return {
+        "retry": {"limit": 100},
+        "preflight": {"enabled": looks},
+        **({"queue": {"name": "team-a"}} if queued else {}),
+    }
+
+
+def undisturbed(queued: bool, looks: bool) -> Any:
     """How a run ends that nothing happens to."""
-    world = World({"queue": {"name": "team-a"}} if queued else {}, generous=True)
+    world = World(spec(queued, looks), generous=True)
     settle(world)
     return outcome(world)
 
@@ -34,12 +43,10 @@ def undisturbed(queued: bool) -> Any:
 class Storm(RuleBasedStateMachine):
     """One run, from apply to its end or its deletion."""
 
-    @initialize(queued=st.booleans())
-    def apply(self, *, queued: bool) -> None:
-        self.queued = queued
-        self.world = World(
-            {"retry": {"limit": 100}, **({"queue": {"name": "team-a"}} if queued else {})}, generous=True
-        )
+    @initialize(queued=st.booleans(), looks=st.booleans())
+    def apply(self, *, queued: bool, looks: bool) -> None:
+        self.queued, self.looks = queued, looks
+        self.world = World(spec(queued, looks), generous=True)
         self.operator = operator_in(self.world)
         self.listed = 0
 
@@ -66,7 +73,7 @@ class Storm(RuleBasedStateMachine):
     def lose(self, fault: str) -> None:
         getattr(self.world, fault)()
 
-    @rule(what=st.sampled_from(["kuberay", "api_down", "ray_down", "hold"]), ticks=st.integers(1, 50))
+    @rule(what=st.sampled_from(["kuberay", "api_down", "ray_down", "hold", "mute"]), ticks=st.integers(1, 50))
     def take_away_for_a_while(self, what: str, ticks: int) -> None:
         self.world.go_without(what, ticks)
 
@@ -90,7 +97,13 @@ class Storm(RuleBasedStateMachine):
                 world.edit(suspend=what == "suspend")
             case "token":
                 world.edit(retry={"limit": 100, "token": str(sure)})
-            case "pools" if world.seen_status.phase in (None, Phase.PENDING, Phase.SUSPENDED, Phase.FAILED):
+            case "pools" if world.seen_status.phase in (
+                None,
+                Phase.PENDING,
+                Phase.QUEUED,
+                Phase.SUSPENDED,
+                Phase.FAILED,
+            ):
                 world.edit(nodePools=[pool])
             case "delete" if sure == 0:
                 world.delete()
@@ -143,7 +156,8 @@ class Storm(RuleBasedStateMachine):
         assert world.seen_status.phase is Phase.SUCCEEDED, world.seen_status.message
         assert world.committed == STEPS
         assert world.clusters == {}
-        assert outcome(world) == undisturbed(self.queued)
+        assert world.jobs == {}
+        assert outcome(world) == undisturbed(self.queued, self.looks)
 
 
 TestStorm = Storm.TestCase
@@ -159,6 +173,8 @@ def test_no_action_and_no_port_changes_what_is_not_ours() -> None:
         "AddFinalizer",
         "RemoveFinalizer",
         "CreateCluster",
+        "CreateJob",
+        "DeleteJob",
         "CreateChild",
         "CreateToken",
         "DeleteCluster",
@@ -167,5 +183,13 @@ def test_no_action_and_no_port_changes_what_is_not_ours() -> None:
         "StopJob",
     }
     verbs = {name for name, _ in inspect.getmembers(Kube, inspect.isfunction) if not name.startswith("_")}
-    reads = {"run", "runs", "cluster", "pods", "queueing", "warnings", "node_trouble", "token"}
-    assert verbs - reads == {"create", "create_token", "delete_cluster", "set_finalizer", "apply_status", "event"}
+    reads = {"run", "runs", "cluster", "preflight", "pods", "queueing", "warnings", "node_trouble", "token"}
+    assert verbs - reads == {
+        "create",
+        "create_token",
+        "delete_cluster",
+        "delete_job",
+        "set_finalizer",
+        "apply_status",
+        "event",
+    }

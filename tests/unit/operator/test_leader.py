@@ -4,6 +4,7 @@ import asyncio
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import looptime
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -264,6 +265,31 @@ def test_a_request_that_hangs_does_not_outlive_the_time() -> None:
 
     quick = LeaderElection(lease_seconds=1, renew_seconds=0.2, retry_seconds=0.1)
     assert not asyncio.run(asyncio.wait_for(Elector(Hanging(), "a", quick).attempt(), 5))
+
+
+@pytest.mark.parametrize("answered", [1, 2, 5])
+def test_a_leader_that_gets_no_answer_ends_before_a_standby_may_begin(answered: int) -> None:
+    """To the moment, however the last request that was answered lies to the ones that hang."""
+    renewed = 0.0
+
+    class Silent(Server):
+        async def write(self, lease: Lease) -> Lease:
+            nonlocal renewed
+            if self.writes == answered:
+                await asyncio.Event().wait()
+            renewed = asyncio.get_running_loop().time()
+            return await super().write(lease)
+
+    async def scenario() -> float:
+        clock = asyncio.get_running_loop().time
+        elector = Elector(Silent(), "a", TIMES, clock=clock)
+        await elector.acquire()
+        await elector.keep()
+        return clock()
+
+    with asyncio.Runner(loop_factory=looptime.new_event_loop) as runner:
+        ended = runner.run(scenario())
+    assert ended - renewed == pytest.approx(TIMES.renew_seconds, abs=0.01)
 
 
 def test_who_does_not_lead_any_more_writes_nothing() -> None:

@@ -51,7 +51,7 @@ SITUATIONS: dict[str, tuple[Callable[[], Observed], list[str], Phase | None, str
     ),
     "RayClusters cannot be read": (lambda: replace(begin(), cluster=Unknown("500")), [], None, None),
     "a field that is not built": (
-        lambda: begin({"tracking": {"wandb": {"project": "p"}}}),
+        lambda: begin({"deepspeed": {"offload": {"params": "cpu"}}}),
         [],
         Phase.FAILED,
         "NotSupported",
@@ -59,10 +59,16 @@ SITUATIONS: dict[str, tuple[Callable[[], Observed], list[str], Phase | None, str
     "a spec that cannot be parsed": (lambda: begin({"nodePools": "two"}), [], Phase.FAILED, "Invalid"),
     "no pools": (lambda: begin({"nodePools": []}), [], Phase.FAILED, "Invalid"),
     "a pod template beyond the allow-list": (
-        lambda: begin({"nodePools": [{"name": "gpu", "podTemplate": {"spec": {"hostNetwork": True}}}]}),
+        lambda: begin({"nodePools": [{"name": "gpu", "podTemplate": {"spec": {"nodeName": "n"}}}]}),
         [],
         Phase.FAILED,
         "Invalid",
+    ),
+    "a pod template beyond the policy": (
+        lambda: begin({"nodePools": [{"name": "gpu", "podTemplate": {"spec": {"hostNetwork": True}}}]}),
+        [],
+        Phase.FAILED,
+        "NotAllowed",
     ),
     "somebody else's RayCluster": (
         lambda: replace(begin(), cluster=cluster(begin(), owned=False)),

@@ -40,6 +40,13 @@ SUSPEND = {"suspend": True}
 QUEUED = {"queue": {"name": "team-a"}}
 
 
+def job_told(decision: Decision) -> Job:
+    """What the attempt that is submitted is told."""
+    submission = the(SubmitJob, decision)
+    assert isinstance(submission, SubmitJob)
+    return Job.model_validate_json(submission.environment[JOB_ENV])
+
+
 def test_the_same_run_gets_the_same_cluster() -> None:
     first, again = (the(CreateCluster, plan(begin(), NOW, CONFIG)) for _ in range(2))
     assert first == again
@@ -183,6 +190,20 @@ def test_training_time_has_a_deadline_over_all_attempts() -> None:
     assert deaf.run.status.attempts[-1].failure_class is FailureClass.RUN_TIMEOUT
 
 
+def test_the_trainer_is_told_when_its_time_is_over() -> None:
+    """In all: what earlier attempts trained counts."""
+    seen, _ = after(whole({"deadlines": {"runSeconds": 100}}))
+    assert job_told(plan(seen, NOW, CONFIG)).end_by == NOW + timedelta(seconds=100)
+    seen, _ = after(replace(seen, job=job("RUNNING")))
+    seen, _ = after(replace(seen, job=job("FAILED", exit_code=1)), 30)
+    seen = replace(seen, job=None)
+    seen, _ = after(seen, seconds=600)
+    _, decision = after(seen, seconds=600)
+    assert job_told(decision).end_by == NOW + timedelta(seconds=670)
+    unbounded, _ = after(whole())
+    assert job_told(plan(unbounded, NOW, CONFIG)).end_by is None
+
+
 def test_a_silent_head_is_given_up_and_its_cluster_replaced() -> None:
     seen, first = after(replace(submitted(), head=Unknown("refused"), job=None))
     assert first.actions == ()
@@ -235,9 +256,9 @@ def test_a_deleted_resource_is_let_go_in_a_minute() -> None:
 
 def test_an_edit_that_is_refused_does_not_disturb_what_runs() -> None:
     seen = replace(
-        submitted_and({"tracking": {"wandb": {"project": "p"}}}), progress=told(TrainerPhase.TRAINING, step=1)
+        submitted_and({"deepspeed": {"offload": {"params": "cpu"}}}), progress=told(TrainerPhase.TRAINING, step=1)
     )
-    problems = begin({"tracking": {"wandb": {"project": "p"}}}).run.problems
+    problems = begin({"deepspeed": {"offload": {"params": "cpu"}}}).run.problems
     seen = replace(seen, run=replace(seen.run, problems=problems))
     decision = plan(seen, NOW, CONFIG)
     assert decision.actions == ()
@@ -292,9 +313,7 @@ def test_what_the_first_attempt_found_binds_the_next() -> None:
     seen = replace(seen, job=None, progress=None)
     seen, _ = after(seen, seconds=600)
     _, decision = after(seen, seconds=600)
-    submission = the(SubmitJob, decision)
-    assert isinstance(submission, SubmitJob)
-    assert Job.model_validate_json(submission.environment[JOB_ENV]).resolved == found
+    assert job_told(decision).resolved == found
 
 
 def test_nothing_that_is_pinned_changes() -> None:

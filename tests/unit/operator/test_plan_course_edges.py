@@ -31,7 +31,7 @@ from tests.unit.operator.situations import (
 )
 
 SUSPEND = {"suspend": True}
-REFUSED = {"tracking": {"wandb": {"project": "p"}}}
+REFUSED = {"deepspeed": {"offload": {"params": "cpu"}}}
 
 
 def ended_by(seen: Observed) -> Attempt:
@@ -39,7 +39,7 @@ def ended_by(seen: Observed) -> Attempt:
 
 
 def test_an_attempt_whose_cluster_is_gone_is_closed() -> None:
-    refused = edited(submitted(), {"tracking": {"wandb": {"project": "p"}}})
+    refused = edited(submitted(), {"deepspeed": {"offload": {"params": "cpu"}}})
     seen, _ = after(replace(refused, cluster=None, job=None))
     assert ended_by(seen).failure_class is FailureClass.HEAD_LOST
     assert seen.run.status.job is None

@@ -30,7 +30,7 @@ from tests.unit.operator.situations import (
 )
 
 SUSPEND = {"suspend": True}
-REFUSED = {"tracking": {"wandb": {"project": "p"}}}
+REFUSED = {"deepspeed": {"offload": {"params": "cpu"}}}
 
 
 def unreadable_spec(seen: Observed) -> Observed:

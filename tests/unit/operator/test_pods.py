@@ -1,4 +1,4 @@
-"""The RayCluster that is made of a spec: what each field becomes, what stays ours, what is refused."""
+"""The pods that are made of a spec: what each field becomes, what stays ours, what is refused."""
 
 from decimal import Decimal
 from typing import Any
@@ -6,37 +6,14 @@ from typing import Any
 import pytest
 
 from dsft_api.job import JOB_ENV, Job
+from dsft_api.quantity import quantity
 from dsft_operator.adapters.reading import run_of
 from dsft_operator.config import OperatorConfig
-from dsft_operator.core.raycluster import network_policy, ray_cluster, template_digest
-from dsft_operator.core.submission import quantity, submission
+from dsft_operator.core.submission import submission
+from tests.unit.operator.built import allowing, group, head, manifest, pool, worker
 from tests.unit.operator.situations import CONFIG, resource
 
 Json = dict[str, Any]
-POOL: Json = {"name": "gpu", "nodes": 2, "gpusPerNode": 1}
-
-
-def manifest(spec: Json | None = None, config: OperatorConfig = CONFIG) -> Json:
-    run = run_of(resource(spec), config)
-    assert run.problems == ()
-    assert run.spec is not None
-    return ray_cluster(run, run.spec, config, 1)
-
-
-def head(spec: Json | None = None, config: OperatorConfig = CONFIG) -> Json:
-    return manifest(spec, config)["spec"]["headGroupSpec"]["template"]
-
-
-def group(spec: Json | None = None, config: OperatorConfig = CONFIG) -> Json:
-    return manifest(spec, config)["spec"]["workerGroupSpecs"][0]
-
-
-def worker(spec: Json | None = None, config: OperatorConfig = CONFIG) -> Json:
-    return group(spec, config)["template"]
-
-
-def pool(**fields: Any) -> Json:
-    return {"nodePools": [{**POOL, **fields}]}
 
 
 def container(template: Json) -> Json:
@@ -59,6 +36,7 @@ def volumes(template: Json) -> Json:
     return {mounts[name]: volume for name, volume in named.items()}
 
 
+PROGRAM: Json = {**dict.fromkeys(("model", "data", "training")), "checkpoint": {}}
 BOTH = pytest.mark.parametrize("template", [head, worker])
 
 
@@ -135,6 +113,11 @@ DEVICES: dict[str, tuple[Json, Json | None, Json]] = {
         {"nvidia.com/gpu": 4},
         {"num-cpus": "1", "num-gpus": "0"},
     ),
+    "no GPUs, and data of a program": (
+        {**pool(gpusPerNode=0), **PROGRAM, "program": {"entrypoint": "a:b", "datasets": "a:c"}},
+        None,
+        {"num-cpus": "2", "num-gpus": "0"},
+    ),
     # As many ranks as GPUs: the device decides, not the count.
     "one GPU each, and trained on CPU": (
         {**pool(gpusPerNode=1), "execution": {"device": "cpu"}},
@@ -200,7 +183,7 @@ def test_storage_is_named_and_never_copied(template: Any) -> None:
     variables = environment(pod)
     assert variables["AWS_SECRET_ACCESS_KEY"] == {"secretKeyRef": {"name": "s3", "key": "AWS_SECRET_ACCESS_KEY"}}
     assert variables["AWS_SESSION_TOKEN"]["secretKeyRef"]["optional"] is True
-    assert variables["AWS_ENDPOINT_URL"] == "https://s3.corp"
+    assert variables["AWS_ENDPOINT_URL_S3"] == "https://s3.corp"
     assert variables["AWS_DEFAULT_REGION"] == "r1"
     assert variables["AWS_CA_BUNDLE"] == "/etc/dsft/ca/ca.crt"
     assert volumes(pod)["/etc/dsft/ca"] == {"configMap": {"name": "corp-ca"}}
@@ -273,7 +256,8 @@ def test_proxies_mirrors_and_tokens_come_by_env(template: Any) -> None:
         {"name": "HF_ENDPOINT", "value": "https://mirror"},
         {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hf", "key": "token"}}},
     ]
-    pod = template({"env": env, "envFrom": [{"secretRef": {"name": "more"}}], "serviceAccountName": "trainer"})
+    spec = {"env": env, "envFrom": [{"secretRef": {"name": "more"}}], "serviceAccountName": "trainer"}
+    pod = template(spec, allowing(serviceAccounts=["trainer"]))
     variables = environment(pod)
     assert variables["HTTPS_PROXY"] == "http://proxy:3128"
     assert variables["HF_ENDPOINT"] == "https://mirror"
@@ -290,7 +274,7 @@ def test_a_pod_template_adds_and_never_replaces() -> None:
         },
         "spec": {"affinity": {"nodeAffinity": {}}, "schedulerName": "gang"},
     }
-    pod = worker(pool(podTemplate=given))
+    pod = worker(pool(podTemplate=given), allowing(podLabels=["*"], podAnnotations=["*"]))
     assert pod["metadata"]["labels"]["team"] == "a"
     assert pod["metadata"]["labels"]["dsft.dev/run"] == "chat"
     assert pod["metadata"]["annotations"]["note"] == "x"
@@ -365,46 +349,3 @@ def test_a_job_counts_as_ray_passes_it_on() -> None:
 )
 def test_quantities(text: int | str, number: str) -> None:
     assert quantity(text) == Decimal(number)
-
-
-def test_a_queue_is_a_label_and_a_suspended_start() -> None:
-    made = manifest({"queue": {"name": "team-a", "priorityClass": "high"}})
-    assert made["spec"]["suspend"] is True
-    assert made["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team-a"
-    assert made["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "high"
-    assert "suspend" not in manifest({"queue": {"name": "team-a", "scheduler": "volcano"}})["spec"]
-    assert "suspend" not in manifest()["spec"]
-
-
-# what is changed, whether it takes other pods
-CHANGES: dict[str, tuple[Json, bool]] = {
-    "another node selector": (pool(nodeSelector={"a": "b"}), True),
-    "another image": ({"image": {"trainer": "x:2"}}, True),
-    "another queue": ({"queue": {"name": "team-b"}}, True),
-    "a longer drain": ({"checkpoint": {"drainSeconds": 61}}, True),
-    "more retries": ({"retry": {"limit": 9}}, False),
-    "another micro batch": ({"execution": {"microBatchSize": 2}}, False),
-}
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_what_takes_another_cluster(name: str) -> None:
-    spec, other = CHANGES[name]
-    digests: set[str] = set()
-    for written in (None, spec):
-        run = run_of(resource(written), CONFIG)
-        assert run.spec is not None
-        digests.add(template_digest(run, run.spec, CONFIG))
-    assert (len(digests) == 2) is other
-
-
-def test_only_the_run_and_the_operator_reach_ray() -> None:
-    run = run_of(resource(), CONFIG)
-    policy = network_policy(run, CONFIG, "chat-1", "uid-1")
-    own, operator = policy["spec"]["ingress"]
-    assert (
-        policy["spec"]["podSelector"] == own["from"][0]["podSelector"] == {"matchLabels": {"ray.io/cluster": "chat-1"}}
-    )
-    assert operator["ports"] == [{"protocol": "TCP", "port": 8265}]
-    assert operator["from"][0]["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"] == "dsft-system"
-    assert policy["metadata"]["ownerReferences"][0]["uid"] == "uid-1"

@@ -280,6 +280,15 @@ def test_a_cluster_that_somebody_else_suspended_says_so() -> None:
     told_by(plan(provisioning(suspended=True), NOW, CONFIG), Phase.QUEUED, Reason.QUEUED, ["not by spec.queue"])
 
 
+def test_a_cluster_that_is_sent_elsewhere_says_so() -> None:
+    raw = {"metadata": {"name": "c", "uid": "u"}, "spec": {"managedBy": "kueue.x-k8s.io/multikueue", "suspend": True}}
+    elsewhere = cluster_of(raw, "run").managed_by
+    seen = provisioning(QUEUED, suspended=True, managed_by=elsewhere)
+    told_by(plan(seen, NOW, CONFIG), Phase.QUEUED, Reason.QUEUE_CLOSED, ["multikueue", "another Kubernetes cluster"])
+    raw["spec"]["managedBy"] = "ray.io/kuberay-operator"
+    assert cluster_of(raw, "run").managed_by is None
+
+
 def test_the_newest_warning_counts() -> None:
     old = {**warning("FailedMount", "old"), "lastTimestamp": "2026-01-01T11:00:00Z"}
     series = {

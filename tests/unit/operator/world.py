@@ -11,6 +11,7 @@ from typing import Any
 
 from dsft_api import CHECKPOINT_REQUEST
 from dsft_api.conditions import FailureClass
+from dsft_api.preflight import Finding
 from dsft_api.progress import Progress, TrainerFailure, TrainerPhase
 from dsft_api.status import FineTuneStatus
 from dsft_operator.adapters.reading import Judge, run_of
@@ -59,6 +60,18 @@ class RayCluster:
 
 
 @dataclass
+class Job:
+    """The preflight's Job, whose pod comes to a result after two ticks."""
+
+    name: str
+    uid: str
+    owner: str
+    created: datetime
+    age: int = 0
+    deleting: bool = False
+
+
+@dataclass
 class World:
     """Everything but the operator."""
 
@@ -74,6 +87,10 @@ class World:
     clusters: dict[str, RayCluster] = field(default_factory=dict[str, RayCluster])
     children: dict[tuple[str, str], str] = field(default_factory=dict[tuple[str, str], str])  # kind and name -> owner
     made: int = 0
+    jobs: dict[str, Job] = field(default_factory=dict[str, Job])
+    looked: int = 0  # Jobs that were made
+    finds: tuple[Finding, ...] = ()  # what each preflight finds
+    mute: bool = False  # preflights come to no result
     submissions: list[str] = field(default_factory=list[str])
     committed: int = 0
     calls: int = 0
@@ -112,6 +129,9 @@ class World:
         self._come_back()
         self._admit()
         self._collect_garbage()
+        self.jobs = {name: job for name, job in self.jobs.items() if not job.deleting}
+        for job in self.jobs.values():
+            job.age += not self.mute
         for cluster in list(self.clusters.values()):
             cluster.age += not self.stuck
             if cluster.deleting:
@@ -129,6 +149,8 @@ class World:
         self.children = {child: owner for child, owner in self.children.items() if owner in owners}
         for cluster in self.clusters.values():
             cluster.deleting |= self.gone and cluster.owner == UID
+        for job in self.jobs.values():
+            job.deleting |= self.gone
 
     def _drive(self, cluster: RayCluster, submission: str, state: str) -> None:
         attempt = int(submission.rpartition("a")[2])
@@ -171,7 +193,7 @@ class World:
     def restore(self) -> None:
         """All is there again, and nothing is planned to go wrong."""
         self.without.clear()
-        self.api_down = self.ray_down = self.hold = False
+        self.api_down = self.ray_down = self.hold = self.mute = False
         self.kuberay, self.stale_reads, self.lost_reply_at, self.crash_at = True, 0, None, None
 
     def _come_back(self) -> None:
@@ -207,6 +229,10 @@ class World:
         """One of each."""
         live = [cluster for cluster in self.clusters.values() if not cluster.deleting]
         assert len(live) <= 1, f"{len(live)} live clusters"
+        may_delete = "delete Job" not in self.refused
+        looks = [job.name for job in self.jobs.values() if may_delete and not job.deleting]
+        assert len(looks) + len(live) <= 1, f"{looks} beside {[cluster.name for cluster in live]}"
+        assert not (live and self.finds), f"made {live[0].name} in spite of {self.finds}"
         assert len(self.submissions) == len(set(self.submissions)), f"submitted twice: {self.submissions}"
         drivers = [job for cluster in live for job, state in cluster.jobs.items() if state in ("PENDING", "RUNNING")]
         assert len(drivers) <= 1, f"drivers at once: {drivers}"

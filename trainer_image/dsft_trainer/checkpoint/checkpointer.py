@@ -33,6 +33,7 @@ from dsft_trainer.checkpoint.commits import (
     ClaimId,
     Commit,
     CommittedFile,
+    Patience,
     commit_name,
     parse_name,
     superfluous,
@@ -72,6 +73,7 @@ class Point:
     samples: int
     epoch: float
     metrics: Mapping[str, float]
+    patience: Patience | None = None
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,7 @@ class Checkpointer:
             spec_hash=self.identity.spec_hash,
             versions=dict(self.identity.versions),
             metrics=dict(point.metrics),
+            patience=point.patience,
             files=(),
             time=datetime.now(UTC),
         )

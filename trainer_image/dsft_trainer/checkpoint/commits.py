@@ -73,6 +73,13 @@ class CommittedFile(ApiModel):
     rank: int
 
 
+class Patience(ApiModel):
+    """What early stopping knows of the evaluations so far."""
+
+    best: float = Field(description="The best value of the metric.")
+    without: int = Field(description="Evaluations since then.")
+
+
 class Commit(ApiModel):
     """COMMIT.json: written last, so its presence means that every file it lists is whole."""
 
@@ -87,6 +94,7 @@ class Commit(ApiModel):
     spec_hash: str
     versions: dict[str, str]
     metrics: Metrics = Field(default_factory=dict[str, float])
+    patience: Patience | None = None
     files: tuple[CommittedFile, ...]
     time: Time
 
@@ -153,7 +161,9 @@ def lineage(names: Iterable[str], claims: Sequence[Claim]) -> list[str]:
         if parsed is None or not parsed[1] < current:
             break
         limit, current = parsed
-    return [name for _, name in sorted(chain)]
+    # From the oldest claim on, so that of one step the commit of the older one comes first.
+    chain.reverse()
+    return [name for _, name in sorted(chain, key=lambda item: item[0])]
 
 
 def next_claim(claims: Iterable[ClaimId], attempt: int) -> ClaimId:

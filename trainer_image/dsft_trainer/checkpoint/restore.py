@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 from dsft_api.conditions import FailureClass
 from dsft_trainer import collectives
 from dsft_trainer.checkpoint import files, universal
-from dsft_trainer.checkpoint.commits import ClaimId, Commit
+from dsft_trainer.checkpoint.commits import ClaimId, Commit, Patience
 from dsft_trainer.checkpoint.listing import read_commits
 from dsft_trainer.checkpoint.origin import Origin
 from dsft_trainer.checkpoint.store import Store
@@ -94,6 +94,11 @@ class Restorer:
     def first_step(self) -> int:
         """Steps already done."""
         return 0 if self.base is None or self._weights_only else self.base.step
+
+    @property
+    def patience(self) -> Patience | None:
+        """What early stopping knows by then. What another run waited for, by a metric of its own perhaps, counts not."""
+        return None if self.base is None or self.origin is not None else self.base.patience
 
     @property
     def resized(self) -> bool:

@@ -65,8 +65,8 @@ class Store(Protocol):
         """
         ...
 
-    def get_bytes(self, key: str) -> bytes | None:
-        """Read an object; None if there is none."""
+    def get_bytes(self, key: str, *, first: int | None = None) -> bytes | None:
+        """Read an object, or its first so many bytes; None if there is none."""
         ...
 
     def put_file(self, path: Path, key: str) -> None:

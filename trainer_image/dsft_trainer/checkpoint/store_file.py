@@ -59,10 +59,10 @@ class FileStore(Store):
             return self._publish(temporary, path, if_absent=if_absent)
 
     @override
-    def get_bytes(self, key: str) -> bytes | None:
+    def get_bytes(self, key: str, *, first: int | None = None) -> bytes | None:
         path = self._path(key)
-        with _explained("read", path), suppress(FileNotFoundError):
-            return path.read_bytes()
+        with _explained("read", path), suppress(FileNotFoundError), path.open("rb") as file:
+            return file.read(first)
         return None
 
     @override

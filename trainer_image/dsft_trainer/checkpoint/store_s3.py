@@ -6,7 +6,7 @@ beginning anew, and access errors surface at once.
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,10 +133,10 @@ class S3Store(Store):
         return True
 
     @override
-    def get_bytes(self, key: str) -> bytes | None:
+    def get_bytes(self, key: str, *, first: int | None = None) -> bytes | None:
         with self._explained("read", key):
             try:
-                return self._read(self._key(key))
+                return self._read(self._key(key), {"Range": f"bytes=0-{first - 1}"} if first else {})
             except ClientError as error:
                 if _code(error) in _MISSING_CODES:
                     return None
@@ -217,8 +217,8 @@ class S3Store(Store):
 
     # A body that breaks off is asked for again here; each request that asks has the client's own retries.
     @retry(retry=retry_if_exception_type(S3_RETRYABLE_DOWNLOAD_ERRORS), wait=_WAIT, stop=_STOP, reraise=True)
-    def _read(self, key: str) -> bytes:
-        return self._client().get_object(Bucket=self.bucket, Key=key)["Body"].read()
+    def _read(self, key: str, part: Mapping[str, str]) -> bytes:
+        return self._client().get_object(Bucket=self.bucket, Key=key, **part)["Body"].read()
 
     # s3transfer asks again as well, but without a pause, so its tries may all fall into one outage.
     @retry(retry=retry_if_exception_type(RetriesExceededError), wait=_WAIT, stop=_STOP, reraise=True)

@@ -7,7 +7,7 @@ which is checked, since some templates drop earlier reasoning.
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from jinja2.exceptions import TemplateError
@@ -86,16 +86,24 @@ def _render(
     # tokenizer's offsets leave out the turn's last character (byte-level BPE does that to whitespace).
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    # Arrow gives every message the keys of all messages.
-    present = [{key: value for key, value in message.items() if value is not None} for message in messages]
     texts, spans = render_jinja_template(
-        conversations=[present],
+        conversations=[_written(messages)],
         chat_template=tokenizer.get_chat_template(),
         add_generation_prompt=to_be_continued,
         return_assistant_tokens_mask=bool(_GENERATION.search(tokenizer.get_chat_template())),
         **tokenizer.special_tokens_map,
     )
     return texts[0], spans[0] if spans else []
+
+
+def _written(value: Any) -> Any:
+    """A value of a row as its file has it: Arrow gives each message, and each argument of a tool, the keys of all of them."""
+    if isinstance(value, dict):
+        members = cast("dict[str, Any]", value)
+        return {key: _written(member) for key, member in members.items() if member is not None}
+    if isinstance(value, list):
+        return [_written(item) for item in cast("list[Any]", value)]
+    return value
 
 
 def _turns(tokenizer: "PreTrainedTokenizerBase", messages: list[Message], text: str) -> list[Span] | None:
@@ -106,6 +114,9 @@ def _turns(tokenizer: "PreTrainedTokenizerBase", messages: list[Message], text: 
             continue
         before = _render(tokenizer, messages[:position], to_be_continued=True)[0] if position else ""
         after = _render(tokenizer, messages[: position + 1])[0]
+        if not text.startswith(after):
+            # Some templates write the end of the sequence after the last turn only.
+            after = after.removesuffix(str(tokenizer.eos_token))
         if not (after.startswith(before) and text.startswith(after)):
             return None
         spans.append((len(before), len(after)))

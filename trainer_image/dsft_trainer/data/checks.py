@@ -21,8 +21,18 @@ def check_rows(
 
     Raises:
         TrainerError: DataInvalid for nulls, text that is not text, labels outside 0..numLabels-1, and conversations
-            without the shape [{role, content}], with an unknown role, or without an assistant to learn from.
+            without the shape [{role, content}], with an unknown role, or without an assistant to learn from. It names the
+            field, where that is not the one training data set.
     """
+    try:
+        _check_columns(table, source, task, num_labels, field)
+    except TrainerError as error:
+        if field == TRAIN_FIELD:
+            raise
+        raise TrainerError(error.failure_class, f"{field}: {error.message}", error.remedy) from error
+
+
+def _check_columns(table: pa.Table, source: DatasetSource, task: Task, num_labels: int | None, field: str) -> None:
     for column in columns_of(source, field):
         cells = table[column.name]
         if pa.types.is_dictionary(cells.type):
@@ -43,7 +53,7 @@ def _check_present(cells: pa.ChunkedArray, column: Column) -> None:
 def _check_text(cells: pa.ChunkedArray, column: Column) -> None:
     if not _is_string(cells.type):
         raise _invalid(
-            f"column {column.source_name} holds {cells.type}, not text (row 0: {cells[0].as_py()!r})",
+            f"column {column.source_name} holds {cells.type}, not text",
             f"name a column of strings in {column.field}",
         )
 
@@ -51,7 +61,7 @@ def _check_text(cells: pa.ChunkedArray, column: Column) -> None:
 def _check_labels(cells: pa.ChunkedArray, column: Column, num_labels: int) -> None:
     if not pa.types.is_integer(cells.type):
         raise _invalid(
-            f"column {column.source_name} holds {cells.type}, not integers (row 0: {cells[0].as_py()!r})",
+            f"column {column.source_name} holds {cells.type}, not integers",
             f"number the classes from 0, or name another column in {column.field}",
         )
     outside = pc.or_(pc.less(cells, 0), pc.greater_equal(cells, num_labels))
@@ -69,7 +79,7 @@ def _check_messages(cells: pa.ChunkedArray, column: Column) -> None:
     message = shape.value_type if is_list else None
     if message is None or not pa.types.is_struct(message):
         raise _invalid(
-            f"column {column.source_name} holds {shape}, not a list of {{role, content}} (row 0: {cells[0].as_py()!r})",
+            f"column {column.source_name} holds {shape}, not a list of {{role, content}}",
             f"name a column of conversations in {column.field}",
         )
     for key in ("role", "content"):

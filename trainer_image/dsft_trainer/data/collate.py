@@ -20,9 +20,9 @@ class Batch:
     """One micro-batch on the CPU.
 
     `inputs`: what the model's forward takes: `input_ids` and `attention_mask` int64 [batch, length], and
-    `token_type_ids` where the tokenizer makes them. `labels`: int64, [batch, length] for causal-lm (not yet shifted),
-    [batch] for classification; IGNORED where nothing is learnt. `weight`: what the batch counts in the loss; `tokens`:
-    its tokens without padding. Rows that are not valid count in neither.
+    `token_type_ids` where the tokenizer makes them; of packed rows `input_ids` and `position_ids`. `labels`: int64,
+    [batch, length] for causal-lm (not yet shifted), [batch] for classification; IGNORED where nothing is learnt. `weight`:
+    what the batch counts in the loss; `tokens`: its tokens without padding. Rows that are not valid count in neither.
     """
 
     inputs: Mapping[str, torch.Tensor]
@@ -44,10 +44,13 @@ class Collator:
         counts = np.ones(len(rows), dtype=bool) if valid is None else valid
         lengths = np.array([len(row["input_ids"]) for row in rows])
         width = min(-(-int(lengths.max()) // _MULTIPLE) * _MULTIPLE, self.max_length)
-        inputs = {
-            "input_ids": _pad(rows, "input_ids", width, self.pad_token_id),
-            "attention_mask": (np.arange(width) < lengths[:, None]).astype(np.int64),
-        }
+        inputs = {"input_ids": _pad(rows, "input_ids", width, self.pad_token_id)}
+        if "position_ids" in rows[0]:
+            # transformers keeps packed rows apart by their positions, but only where there is no attention mask. Padding at
+            # position 0 is a row of its own.
+            inputs["position_ids"] = _pad(rows, "position_ids", width, 0)
+        else:
+            inputs["attention_mask"] = (np.arange(width) < lengths[:, None]).astype(np.int64)
         if "token_type_ids" in rows[0]:
             inputs["token_type_ids"] = _pad(rows, "token_type_ids", width, 0)
         if self.task == "causal-lm":

@@ -48,11 +48,13 @@ def loss_on(source: DatasetSource, data: DataSpec) -> LossOn | None:
 def eval_source(data: DataSpec) -> DatasetSource | None:
     """The held-out data set, with what `data.eval` leaves out taken from `data.train`; None if there is no such field.
 
-    Revision, subset and split belong to a URI: a URI of its own takes none of them from the training data.
+    Revision, subset and split belong to a URI: a URI of its own takes none of them from the training data. A mixture has
+    nothing to take.
     """
-    if data.eval is None or data.train is None:
+    if data.eval is None:
         return None
-    inherited = data.train.model_dump(exclude={"revision", "subset", "split"} if data.eval.uri else set())
+    own_place = {"revision", "subset", "split"} if data.eval.uri else set[str]()
+    inherited = data.train.model_dump(exclude=own_place) if data.train else {}
     return DatasetSource(**{**inherited, **data.eval.model_dump(exclude_none=True)})
 
 

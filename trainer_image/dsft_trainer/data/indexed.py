@@ -4,6 +4,8 @@ One record batch with 64-bit offsets: a row is two slices of the mapped file, wi
 """
 
 import hashlib
+import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,20 @@ from numpy.typing import NDArray
 
 Row = dict[str, NDArray[Any]]
 
+_PARTS = b"parts"
+
 
 class IndexedDataset:
-    """Rows by index. Lists come as one-dimensional arrays, scalars as zero-dimensional ones; all read-only views."""
+    """Rows by index. Lists come as one-dimensional arrays, scalars as zero-dimensional ones; all read-only views.
+
+    `parts`: rows of each of the data sets that follow one another in it.
+    """
 
     def __init__(self, batch: pa.RecordBatch) -> None:
         self._length = batch.num_rows
+        self.parts: tuple[int, ...] = tuple(
+            json.loads((batch.schema.metadata or {}).get(_PARTS, b"null")) or [self._length]
+        )
         self._lists: dict[str, tuple[NDArray[np.int64], NDArray[Any]]] = {}
         self._scalars: dict[str, NDArray[Any]] = {}
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
@@ -48,6 +58,13 @@ class IndexedDataset:
         """Tokens of each row."""
         return np.diff(self._lists["input_ids"][0])
 
+    @property
+    def positions(self) -> int:
+        """Positions that a model needs for the longest row, or the longest in a packed sequence."""
+        if "position_ids" in self._lists:
+            return int(self._lists["position_ids"][1].max(initial=-1)) + 1
+        return int(self.lengths.max(initial=0))
+
     @cached_property
     def digest(self) -> str:
         """`sha256:...` over all columns: equal digests mean the same tokens in the same order. Reads the whole file."""
@@ -63,12 +80,16 @@ class IndexedDataset:
         return f"sha256:{total.hexdigest()}"
 
 
-def write_indexed(table: pa.Table, path: Path) -> None:
-    """Write what `tokenize` returned; the file appears whole or not at all. One process of a node does it."""
+def write_indexed(tables: Sequence[pa.Table], path: Path) -> None:
+    """Write what `tokenize` or `pack` returned, one after the other; the file appears whole or not at all.
+
+    One process of a node does it.
+    """
+    table = pa.concat_tables(tables)
     wide = pa.schema(
         pa.field(field.name, pa.large_list(field.type.value_type) if pa.types.is_list(field.type) else field.type)
         for field in table.schema
-    )
+    ).with_metadata({_PARTS: json.dumps([part.num_rows for part in tables])})
     (batch,) = table.cast(wide).combine_chunks().to_batches()
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")

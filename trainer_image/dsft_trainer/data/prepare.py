@@ -4,25 +4,28 @@ One rank per node tokenises (or takes what Ray Data tokenised); the order of row
 sampler's indices mean the same everywhere.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import pyarrow as pa
 
 from dsft_api.job import Job
+from dsft_api.spec import Workload
 from dsft_api.spec.identity import DatasetSource
 from dsft_trainer.data.checks import check_rows
-from dsft_trainer.data.formats import EVAL_FIELD, TRAIN_FIELD, check_format, eval_source
+from dsft_trainer.data.formats import EVAL_FIELD, check_format, eval_source
 from dsft_trainer.data.indexed import IndexedDataset, open_indexed, write_indexed
-from dsft_trainer.data.sampler import split_eval
+from dsft_trainer.data.sampler import GlobalBatches, Member, split_eval
 from dsft_trainer.data.sources import load_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from dsft_trainer.data.tokens import Encoder
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,29 @@ class Prepared:
     eval: IndexedDataset | None
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest row."""
-        return max(int(part.lengths.max()) for part in (self.train, self.eval) if part is not None)
+    def positions(self) -> int:
+        """Tokens of the longest row: in a packed sequence each begins anew."""
+        return max(part.positions for part in (self.train, self.eval) if part is not None)
+
+    def batches(self, work: Workload) -> GlobalBatches:
+        """The training data in global batches; raises what `global_batches` does."""
+        return global_batches(work, self.train.parts)
+
+
+def global_batches(work: Workload, parts: Sequence[int]) -> GlobalBatches:
+    """Batches over the rows, or packed sequences, of each training data set.
+
+    Raises:
+        TrainerError: DataInvalid if there is less than one batch, or nothing to draw from a member of a mixture.
+    """
+    mixture = work.data.mixture or ()
+    members = tuple(Member(rows, member.weight) for rows, member in zip(parts, mixture, strict=bool(mixture)))
+    unit = "packed sequences" if work.data.packing else "rows"
+    return GlobalBatches(sum(parts), work.training.global_batch_size, work.training.seed, members, unit)
 
 
 def load(job: Job, cache: Path) -> dict[str, Rows]:
-    """Read and check the rows of `train` and, if there is one, `eval`.
+    """Read and check the rows of `train` and, if there is one, `eval`; of a mixture `train-0`, `train-1` and so on.
 
     Needs neither torch nor transformers: the driver does it before anything is started.
     """
@@ -60,14 +79,28 @@ def load(job: Job, cache: Path) -> dict[str, Rows]:
         check_rows(table, source, work.model.task, work.model.num_labels, field)
         return Rows(table, source, field)
 
-    train = read(work.train, TRAIN_FIELD)
+    parts = [read(source, field) for field, source in work.data.sources()]
     held_out = eval_source(work.data)
     if held_out is not None:
-        return {"train": train, "eval": read(held_out, EVAL_FIELD)}
+        return {**numbered("train", parts), "eval": read(held_out, EVAL_FIELD)}
     if work.data.eval_fraction is not None:
-        kept, evaluated = split_eval(train.table, work.data.eval_fraction, work.training.seed)
-        return {"train": Rows(kept, work.train, TRAIN_FIELD), "eval": Rows(evaluated, work.train, TRAIN_FIELD)}
-    return {"train": train}
+        halves = [split_eval(part.table, work.data.eval_fraction, work.training.seed, part.field) for part in parts]
+        kept, evaluated = (
+            [replace(part, table=table) for part, table in zip(parts, tables, strict=True)]
+            for tables in zip(*halves, strict=True)
+        )
+        return numbered("train", kept) | numbered("eval", evaluated)
+    return numbered("train", parts)
+
+
+def numbered(kind: str, parts: Sequence[T]) -> dict[str, T]:
+    """Parts by the names that `load` gives them."""
+    return {kind: parts[0]} if len(parts) == 1 else {f"{kind}-{number}": part for number, part in enumerate(parts)}
+
+
+def parts_of(kind: str, named: Mapping[str, T]) -> list[T]:
+    """Those of `load` that are `train`, or `eval`, in the order of the manifest."""
+    return [part for name, part in named.items() if name.partition("-")[0] == kind]
 
 
 def encoders(job: Job, rows: Mapping[str, Rows], tokenizer: "PreTrainedTokenizerBase") -> dict[str, "Encoder"]:
@@ -78,11 +111,17 @@ def encoders(job: Job, rows: Mapping[str, Rows], tokenizer: "PreTrainedTokenizer
     return {name: Encoder.of(part.source, data, tokenizer, part.field) for name, part in rows.items()}
 
 
-def write_tokens(tables: Mapping[str, pa.Table], folder: Path) -> Path:
-    """Write tokenised tables where `open_prepared` finds them."""
+def write_tokens(job: Job, tables: Mapping[str, pa.Table], folder: Path) -> Path:
+    """Write tokenised tables where `open_prepared` finds them, the training data packed if the manifest says so."""
+    from dsft_trainer.data.packing import pack
+
+    data = job.spec.workload().data
     folder.mkdir(parents=True, exist_ok=True)
-    for name, table in tables.items():
-        write_indexed(table, folder / f"{name}.arrow")
+    train = parts_of("train", tables)
+    # Each by itself, so that a sequence is of one member of a mixture.
+    write_indexed([pack(table, data.max_length) for table in train] if data.packing else train, folder / "train.arrow")
+    if held_out := parts_of("eval", tables):
+        write_indexed(held_out, folder / "eval.arrow")
     return folder
 
 
@@ -98,4 +137,4 @@ def tokenize_here(job: Job, tokenizer: "PreTrainedTokenizerBase", folder: Path) 
 
     rows = load(job, folder / "source")
     made = encoders(job, rows, tokenizer)
-    return write_tokens({name: tokenize(part.table, made[name]) for name, part in rows.items()}, folder)
+    return write_tokens(job, {name: tokenize(part.table, made[name]) for name, part in rows.items()}, folder)

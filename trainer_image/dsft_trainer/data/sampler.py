@@ -5,6 +5,8 @@ step, on more or fewer ranks, with nothing to skip and nothing to store.
 """
 
 import functools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,13 +14,23 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from dsft_api.conditions import FailureClass
+from dsft_trainer.data.formats import TRAIN_FIELD
 from dsft_trainer.errors import TrainerError
 
 Indices = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
-# Keeps the hold-out's random stream apart from those of the epochs.
+# Keep the random streams of the hold-out and of mixtures apart from those of the epochs.
 _HOLD_OUT = 0x5EED
+_MIXTURE = 0x3117
+
+
+@dataclass(frozen=True)
+class Member:
+    """One data set of a mixture."""
+
+    rows: int
+    weight: float
 
 
 @functools.lru_cache(maxsize=4)
@@ -36,25 +48,71 @@ def _shuffled(key: tuple[int, ...], n: int) -> Indices:
     return np.argsort(words, kind="stable")
 
 
+def quotas(members: Sequence[Member]) -> list[int]:
+    """How many samples of an epoch each member gives: as many in all as there are rows, by weight, largest remainders up."""
+    total, weight = sum(member.rows for member in members), math.fsum(member.weight for member in members)
+    exact = [total * member.weight / weight for member in members]
+    whole = [int(share) for share in exact]
+    nearest_up = sorted(range(len(members)), key=lambda number: whole[number] - exact[number])
+    for number in nearest_up[: total - sum(whole)]:
+        whole[number] += 1
+    return whole
+
+
+@functools.lru_cache(maxsize=4)
+def mixed(seed: int, epoch: int, members: tuple[Member, ...]) -> Indices:
+    """The samples of an epoch over members that follow one another in one data set, read-only.
+
+    Where in the epoch a member is drawn is shuffled; which of its rows, is the next of its own shuffled passes, which go on from
+    epoch to epoch: no row of a member comes again before all others of it have come.
+    """
+    counts = quotas(members)
+    turns = np.repeat(np.arange(len(members)), counts)[_shuffled((seed, _MIXTURE, epoch), sum(counts))]
+    order = np.empty(len(turns), dtype=np.int64)
+    first = 0
+    for number, (member, count) in enumerate(zip(members, counts, strict=True)):
+        passes, places = np.divmod(np.arange(epoch * count, (epoch + 1) * count), member.rows)
+        of_passes = np.split(places, np.flatnonzero(np.diff(passes)) + 1)
+        drawn = [
+            _shuffled((seed, _MIXTURE, int(p), number), member.rows)[places]
+            for p, places in zip(np.unique(passes), of_passes, strict=True)
+        ]
+        order[turns == number] = first + np.concatenate(drawn)
+        first += member.rows
+    order.flags.writeable = False
+    return order
+
+
 @dataclass(frozen=True)
 class GlobalBatches:
     """The global batch of every optimizer step. The last, incomplete batch of an epoch is dropped.
 
-    `step` samples consumed are `step * global_batch_size`.
+    `step` samples consumed are `step * global_batch_size`. `members`: the parts of the rows, if they are a mixture. `unit`: what
+    a row is called in errors.
 
     Raises:
-        TrainerError: DataInvalid if there are fewer rows than one batch needs.
+        TrainerError: DataInvalid if there are fewer rows than one batch needs, or none for a member of the mixture.
     """
 
     n: int
     global_batch_size: int
     seed: int
+    members: tuple[Member, ...] = ()
+    unit: str = "rows"
 
     def __post_init__(self) -> None:
+        for index, count in enumerate(quotas(self.members)):
+            if count == 0:
+                weight = f"spec.data.mixture[{index}].weight {self.members[index].weight:g}"
+                raise TrainerError(
+                    FailureClass.DATA_INVALID,
+                    f"{weight} gives it no sample in an epoch of {self.n}",
+                    "raise the weight, or remove the data set",
+                )
         if self.n < self.global_batch_size:
             raise TrainerError(
                 FailureClass.DATA_INVALID,
-                f"the training data has {self.n} rows, fewer than spec.training.globalBatchSize"
+                f"the training data has {self.n} {self.unit}, fewer than spec.training.globalBatchSize"
                 f" {self.global_batch_size}",
                 f"lower globalBatchSize to {self.n} or less, or add rows",
             )
@@ -68,7 +126,8 @@ class GlobalBatches:
         """The `global_batch_size` row indices of optimizer step `step`, counted from 0."""
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.global_batch_size
-        return permutation(self.seed, epoch, self.n)[start : start + self.global_batch_size]
+        order = mixed(self.seed, epoch, self.members) if self.members else permutation(self.seed, epoch, self.n)
+        return order[start : start + self.global_batch_size]
 
 
 def split(indices: Indices, rank: int, world_size: int, micro_batch_size: int) -> list[Indices]:
@@ -99,7 +158,7 @@ def eval_batches(n: int, rank: int, world_size: int, batch_size: int) -> list[tu
     return [(np.minimum(row, n - 1), row < n) for row in slots]
 
 
-def split_eval(table: pa.Table, fraction: float, seed: int) -> tuple[pa.Table, pa.Table]:
+def split_eval(table: pa.Table, fraction: float, seed: int, field: str = TRAIN_FIELD) -> tuple[pa.Table, pa.Table]:
     """(train, eval): `fraction` of the rows, at least one, held out by the seed; both keep the order of the table.
 
     Raises:
@@ -110,7 +169,7 @@ def split_eval(table: pa.Table, fraction: float, seed: int) -> tuple[pa.Table, p
     if held_out >= rows:
         raise TrainerError(
             FailureClass.DATA_INVALID,
-            f"spec.data.evalFraction {fraction} holds out all of the {rows} rows",
+            f"spec.data.evalFraction {fraction} holds out all of the {rows} rows of {field}",
             "add rows, or give spec.data.eval instead",
         )
     is_held_out = np.zeros(rows, dtype=bool)

@@ -8,6 +8,7 @@ import importlib.util
 import shutil
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatch
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import unquote, urlsplit
@@ -51,7 +52,8 @@ def fetch(uri: str, *, storage: StorageSpec, cache: Path, kind: Kind, revision: 
     `storage` says which S3 endpoint. Call it from one process of a node at a time.
 
     Raises:
-        TrainerError: ModelDenied (models, tokenizers) or DataInvalid (data sets), naming the URI and the way out.
+        TrainerError: ModelDenied (models, tokenizers) or DataInvalid (data sets), naming the URI and the way out; Unknown, which
+            is tried again, if the Hub cannot be reached.
     """
     scheme, _, rest = uri.partition("://")
     if scheme == "hf":
@@ -228,6 +230,20 @@ def _load_hub(source: DatasetSource, columns: Sequence[Column]) -> pa.Table:
     return readers.pick(selected.with_format("arrow")[:], columns, source.uri)
 
 
+def may_pass(error: BaseException) -> bool:
+    """Whether the Hub, or the way to it, failed in a way that passes by itself: silence, too many requests, its own fault."""
+    from huggingface_hub import constants, errors
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+        return may_pass(error.__cause__)
+    if isinstance(error, errors.HfHubHTTPError):
+        status = error.response.status_code
+        return status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR
+    return isinstance(error, errors.HTTPError | ConnectionError | TimeoutError | errors.LocalEntryNotFoundError)
+
+
 def hub_error(uri: str, kind: Kind, error: Exception) -> TrainerError:
     """What a failure of the Hub means for the user: denied, misspelt, or not to be reached."""
     from datasets.exceptions import DatasetNotFoundError
@@ -241,9 +257,11 @@ def hub_error(uri: str, kind: Kind, error: Exception) -> TrainerError:
             problem, remedy = "does not exist on the Hub, or is private", f"check the name, or {_SET_HF_TOKEN}"
         case errors.RevisionNotFoundError():
             problem, remedy = "has no such revision", "check revision"
-        case errors.LocalEntryNotFoundError() | ConnectionError():
-            problem = "cannot be fetched: the Hub cannot be reached"
-            remedy = "check the network, proxy and HF_ENDPOINT, or use s3:// or file://"
+        case _ if may_pass(error):
+            problem = f"{uri} cannot be fetched: the Hub cannot be reached: {first_line}"
+            return TrainerError(
+                FailureClass.UNKNOWN, problem, "check the network, proxy and HF_ENDPOINT, or use s3:// or file://"
+            )
         case _:
             problem, remedy = "cannot be fetched", f"check uri, revision, subset and split, or {_SET_HF_TOKEN}"
     return TrainerError(FAILURES[kind], f"{uri} {problem}: {first_line}", remedy)

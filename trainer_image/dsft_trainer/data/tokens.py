@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dsft_api.conditions import FailureClass
-from dsft_api.spec.identity import ChatTemplate, DataFormat, DatasetSource, DataSpec
+from dsft_api.job import Job
+from dsft_api.spec.identity import DataFormat, DatasetSource, DataSpec
 from dsft_api.spec.placement import StorageSpec
 from dsft_trainer.data import chat, formats, sources
 from dsft_trainer.errors import TrainerError
@@ -162,15 +163,16 @@ def tokenize(table: pa.Table, encoder: Encoder) -> pa.Table:
     return pa.concat_tables([encoder.encode(table.slice(start, ROWS_PER_CALL), start) for start in starts])
 
 
-def set_chat_template(
-    tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate | None, *, storage: StorageSpec, cache: Path
-) -> None:
+def set_chat_template(tokenizer: "PreTrainedTokenizerBase", job: Job, cache: Path) -> None:
     """Give the tokenizer the manifest's chat template, if it names one; the exported tokenizer then carries it too.
+
+    That of a model on the Hub is taken from the commit that `pins` found.
 
     Raises:
         TrainerError: ModelDenied if the model that should carry it has none; ConfigInvalid for a ConfigMap, which the
             operator puts into `template` before the trainer sees it.
     """
+    template = job.spec.workload().data.chat_template
     if template is None:
         return
     if template.config_map_ref is not None:
@@ -182,16 +184,16 @@ def set_chat_template(
     if template.template is not None:
         tokenizer.chat_template = template.template
         return
-    tokenizer.chat_template = _template_of(str(template.from_model), storage, cache)
+    revision = job.resolved.template_revision if job.resolved else None
+    tokenizer.chat_template = _template_of(str(template.model_uri), revision, job.spec.storage, cache)
 
 
-def _template_of(model: str, storage: StorageSpec, cache: Path) -> str | dict[str, str]:
+def _template_of(uri: str, revision: str | None, storage: StorageSpec, cache: Path) -> str | dict[str, str]:
     from transformers import AutoTokenizer
 
-    uri = model if "://" in model else f"hf://{model}"
-    folder = sources.fetch(uri, storage=storage, cache=cache, kind="tokenizer")
+    folder = sources.fetch(uri, storage=storage, cache=cache, kind="tokenizer", revision=revision)
     try:
-        template = AutoTokenizer.from_pretrained(folder).chat_template
+        template = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).chat_template
     except (OSError, ValueError) as error:
         raise TrainerError(
             FailureClass.MODEL_DENIED, f"no tokenizer in {uri}: {str(error).splitlines()[0]}", "check chatTemplate"
@@ -199,7 +201,7 @@ def _template_of(model: str, storage: StorageSpec, cache: Path) -> str | dict[st
     if template is None:
         raise TrainerError(
             FailureClass.MODEL_DENIED,
-            f"the tokenizer of spec.data.chatTemplate.fromModel {model} has no chat template",
+            f"the tokenizer of spec.data.chatTemplate.fromModel {uri} has no chat template",
             "name an instruct or chat model, or write the template into spec.data.chatTemplate.template",
         )
     return template

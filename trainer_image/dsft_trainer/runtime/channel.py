@@ -6,6 +6,7 @@ driver's node (see `runtime.ray`), since ranks may be on other machines.
 
 import os
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from dsft_api.conditions import FailureClass
@@ -32,11 +33,25 @@ class Channel:
 
     def request_drain(self) -> None:
         """Ask the ranks to commit at the next step boundary and stop."""
-        self._write("drain", "")
+        if not self.drain_requested():
+            self._write("drain", "")
 
     def drain_requested(self) -> bool:
         """Whether somebody asked for a drain."""
-        return (self.folder / "drain").exists()
+        return self.drain_time() is not None
+
+    def drain_time(self) -> datetime | None:
+        """When somebody first asked for a drain; None if nobody did."""
+        path = self.folder / "drain"
+        return datetime.fromtimestamp(path.stat().st_mtime, UTC) if path.exists() else None
+
+    def listen(self) -> None:
+        """Say that the ranks look whether something is asked of them: it helps to ask, and to wait."""
+        self._write("listens", "")
+
+    def listens(self) -> bool:
+        """Whether the ranks look whether something is asked of them."""
+        return (self.folder / "listens").exists()
 
     def request_save(self, value: str) -> None:
         """Ask the ranks for a checkpoint at the next step boundary. `value` is what they answer with once it is committed."""
@@ -61,8 +76,8 @@ class Channel:
     def reset(self) -> None:
         """Forget the attempt before this one."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in (self.folder / PROGRESS_FILE, self.folder / "drain", self.folder / "save"):
-            path.unlink(missing_ok=True)
+        for name in (PROGRESS_FILE, "drain", "save", "listens"):
+            (self.folder / name).unlink(missing_ok=True)
         self.forget_failures()
 
     def forget_failures(self) -> None:

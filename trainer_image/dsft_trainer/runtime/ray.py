@@ -16,6 +16,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from dsft_trainer.checkpoint.store import store_of
 from dsft_trainer.errors import TrainerError
 from dsft_trainer.logs import LogShipper, log_name, output_files
 from dsft_trainer.process import rank_environment, start_environment
+from dsft_trainer.program import datasets_of
 from dsft_trainer.runtime import Outcome, Place, Wishes
 from dsft_trainer.runtime.channel import ECHOES, Channel
 from dsft_trainer.runtime.oom import oom_kills
@@ -50,6 +52,8 @@ log = logging.getLogger(__name__)
 LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
 LOCAL_OBJECT_STORE_BYTES_FOR_DATA = 2**30
 PRIVATE_STARTS = 3
+SPARE_CPUS = 2
+"""Beside the ranks, for what Ray Data does while they train."""
 
 
 class RayRuntime:
@@ -94,6 +98,14 @@ class RayRuntime:
             ray.get(self._relay.fail.remote(self._start, failure.model_dump_json(by_alias=True)), timeout=10)
         except ray.exceptions.RayError as error:
             log.warning("the failure could not be reported: %s", error)
+
+    def drain_time(self) -> datetime | None:
+        """When the launcher was asked for a drain, if it was; waits 10 s at most."""
+        try:
+            return ray.get(self._relay.drain_time.remote(), timeout=10)
+        except ray.exceptions.RayError as error:
+            log.warning("whether to stop is not known: %s", error)
+            return None
 
     def tokenized(self) -> dict[str, pa.Table]:
         """What Ray Data tokenised, if the run asked for that loader."""
@@ -148,7 +160,7 @@ def launch(job: Job, channel: Channel) -> Outcome:
         TrainerError: the failure that a rank reported, or how Ray lost it.
     """
     if job.spec.program is None:
-        # `Notices` listens for nodes that are about to go: spare the process that would. A program hears of them from Ray Train.
+        # `Notices` listens for nodes that are about to go: spare the process that would. A program may ask Ray Train for them.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # Importing Ray Train takes a second, in which Ray can start.
     imports = threading.Thread(target=importlib.import_module, args=("dsft_trainer.runtime.ray_trainer",), daemon=True)
@@ -164,10 +176,10 @@ def launch(job: Job, channel: Channel) -> Outcome:
         relay = (
             ray.remote(Relay)
             .options(name=f"{RELAY_PREFIX}{job.run.uid}-a{job.attempt}", num_cpus=0, scheduling_strategy=here)
-            .remote(str(channel.folder), drains=job.spec.program is None)
+            .remote(str(channel.folder))
         )
         run_starts(job, channel, relay, lambda start: _fit(job, start, channel, relay))
-        return Outcome.SUCCEEDED if job.spec.program else Outcome(ray.get(relay.outcome.remote(), timeout=30))
+        return Outcome(ray.get(relay.outcome.remote(), timeout=30))
     finally:
         ray.shutdown()
 
@@ -179,7 +191,8 @@ def _connect(job: Job) -> None:
     # Of this Ray alone. Else Ray makes one in the home folder, which may not be ours to write to.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     gpus = job.ranks.count if job.ranks.device == "cuda" else 0
-    uses_data = job.spec.data is not None and job.spec.data.loader == "ray-data"
+    tokenizes = job.spec.data is not None and job.spec.data.loader == "ray-data"
+    feeds = _feeds(job)
     # Ray gives its own processes 30 s to start, which a busy machine may not be able to keep.
     for attempt in Retrying(
         stop=stop_after_attempt(PRIVATE_STARTS),
@@ -191,10 +204,12 @@ def _connect(job: Job) -> None:
             ray.init(
                 address="local",
                 namespace=NAMESPACE,
-                num_cpus=max(job.ranks.count, os.cpu_count() or 1),
+                num_cpus=max(job.ranks.count + (SPARE_CPUS if feeds else 0), os.cpu_count() or 1),
                 num_gpus=gpus,
                 include_dashboard=False,
-                object_store_memory=LOCAL_OBJECT_STORE_BYTES_FOR_DATA if uses_data else LOCAL_OBJECT_STORE_BYTES,
+                object_store_memory=LOCAL_OBJECT_STORE_BYTES_FOR_DATA
+                if tokenizes or feeds
+                else LOCAL_OBJECT_STORE_BYTES,
                 log_to_driver=True,
             )
 
@@ -219,11 +234,23 @@ def _trainer(job: Job, relay: Any, start: Start) -> "DataParallelTrainer":
 
 def _program_trainer(job: Job, relay: Any, start: Start) -> "DataParallelTrainer":
     """The user's. Its checkpoints go where Ray Train finds them in the next start."""
-    from dsft_trainer.runtime.ray_program import FOLDER, ProgramProgress, program_main
+    from ray.train import CheckpointConfig
+
+    from dsft_trainer.checkpoint.ray_book import FOLDER
+    from dsft_trainer.runtime.ray_program import DurableReports, ProgramProgress, program_main
     from dsft_trainer.runtime.ray_trainer import LeanTrainer
 
-    book = {"name": FOLDER, "storage_path": job.storage_prefix, "callbacks": [ProgramProgress(relay, start)]}
-    return LeanTrainer(program_main, train_loop_config=_told(job, relay, start), **_settings(job, **book))
+    book = {
+        "name": FOLDER,
+        "storage_path": job.storage_prefix,
+        "callbacks": [ProgramProgress(job, relay, start), DurableReports()],
+        "checkpoint_config": CheckpointConfig(num_to_keep=job.spec.checkpoint.keep_last),
+    }
+    assert job.spec.program is not None, "only such jobs come here"  # noqa: S101
+    datasets = datasets_of(job.spec.program)
+    return LeanTrainer(
+        program_main, train_loop_config=_told(job, relay, start), datasets=datasets, **_settings(job, **book)
+    )
 
 
 def _told(job: Job, relay: Any, start: Start) -> dict[str, Any]:
@@ -236,18 +263,28 @@ def _told(job: Job, relay: Any, start: Start) -> dict[str, Any]:
     }
 
 
+def _feeds(job: Job) -> bool:
+    """Whether a program has datasets of Ray Data, whose tasks want CPUs of their own."""
+    return job.spec.program is not None and job.spec.program.datasets is not None
+
+
 def _settings(job: Job, **book: Any) -> dict[str, Any]:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
     from dsft_trainer.runtime.ray_torch import TorchGroup
 
     cuda = job.ranks.device == "cuda"
+    # Pods without GPUs have a CPU more then, which is not for another rank.
+    one_each = _feeds(job) and not cuda and bool(os.environ.get(RAY_ADDRESS_ENV))
     return {
         "backend_config": TorchGroup(
             "nccl" if cuda else "gloo", timeout_s=int(job.spec.deadlines.stall_seconds + MARGIN_SECONDS)
         ),
         "scaling_config": ScalingConfig(
-            num_workers=job.ranks.count, use_gpu=cuda, resources_per_worker={"GPU": 1} if cuda else {"CPU": 1}
+            num_workers=job.ranks.count,
+            use_gpu=cuda,
+            resources_per_worker={"GPU": 1} if cuda else {"CPU": 1},
+            placement_strategy="STRICT_SPREAD" if one_each else "PACK",
         ),
         "run_config": RunConfig(
             # One start of the ranks per trainer: what comes after a failure is decided by `starts`.
@@ -265,8 +302,7 @@ def _fit(job: Job, start: Start, channel: Channel, relay: Any) -> None:
 
     def look() -> None:
         silence.look()
-        if job.spec.program is None:
-            notices.look()
+        notices.look()
 
     error = _fit_apart(trainer, look)
     _close(relay)
@@ -279,7 +315,9 @@ def _rank_runtime_env(job: Job) -> dict[str, Any]:
     """What a rank's process must have from its first moment. On a cluster it is no child of ours, and inherits nothing."""
     if not os.environ.get(RAY_ADDRESS_ENV):
         return {}
-    return {"env_vars": rank_environment(job) | start_environment(job)}
+    # Also what a program's ranks start, such as tasks of Ray Data, must find its code.
+    code = {"PYTHONPATH": os.environ["PYTHONPATH"]} if job.spec.program and job.spec.program.source else {}
+    return {"env_vars": rank_environment(job) | start_environment(job) | code}
 
 
 def _close(relay: Any) -> None:
@@ -329,12 +367,13 @@ def _fit_apart(trainer: Any, look: Callable[[], None]) -> BaseException | None:
 
 
 def _tokenizing(job: Job) -> "dict[str, ray.data.Dataset]":
-    """The run's tokens by Ray Data; empty but for loader ray-data. Computed before the ranks take the CPUs."""
+    """The run's tokens by Ray Data; empty with another loader, or if the run has them. Made before ranks take the CPUs."""
     if job.spec.workload().data.loader != "ray-data":
         return {}
     from dsft_trainer.data.prepare import encoders, load
     from dsft_trainer.data.ray_data import tokenize_with_ray
     from dsft_trainer.data.sources import fetch
+    from dsft_trainer.data.token_cache import TokenCache, key_of
     from dsft_trainer.data.tokens import set_chat_template
     from dsft_trainer.model import load_tokenizer
 
@@ -345,7 +384,9 @@ def _tokenizing(job: Job) -> "dict[str, ray.data.Dataset]":
             work.model.uri, storage=spec.storage, cache=cache, kind="tokenizer", revision=work.model.revision
         )
         tokenizer = load_tokenizer(folder)
-        set_chat_template(tokenizer, work.data.chat_template, storage=spec.storage, cache=cache)
+        set_chat_template(tokenizer, job, cache)
+        if TokenCache(store_of(job), key_of(job, folder, tokenizer)).is_there():
+            return {}
         rows = load(job, cache)
         made = encoders(job, rows, tokenizer)
         return {name: tokenize_with_ray(part.table, made[name]) for name, part in rows.items()}

@@ -4,6 +4,7 @@ It outlives the starts of the ranks inside an attempt. Each word of a rank says 
 current one are heard: a rank that was thought lost may still be on its way to speak.
 """
 
+from datetime import datetime
 from pathlib import Path
 
 from dsft_api.progress import Progress, TrainerFailure
@@ -18,10 +19,8 @@ RELAY_PREFIX = "dsft-"
 class Relay:
     """The channel's folder, reachable from other machines."""
 
-    def __init__(self, folder: str, *, drains: bool) -> None:
-        """`drains`: there are ranks that look whether a drain, or a checkpoint, was requested."""
+    def __init__(self, folder: str) -> None:
         self._channel = Channel(Path(folder))
-        self._drains = drains
         self._outcome: str | None = None
         self._start: int | None = None
         self._heard = False
@@ -53,6 +52,12 @@ class Relay:
         """Ask the ranks to commit and stop."""
         self._channel.request_drain()
 
+    def drain_time(self) -> datetime | None:
+        """When a drain was requested, if it was. Who asks this can be waited for."""
+        if not self._channel.listens():
+            self._channel.listen()
+        return self._channel.drain_time()
+
     def request_save(self, value: str) -> None:
         """Ask the ranks to commit and go on."""
         self._channel.request_save(value)
@@ -69,7 +74,7 @@ class Relay:
 
     def drains(self) -> bool:
         """Whether it helps to ask, and to wait for a drain."""
-        return self._drains
+        return self._channel.listens()
 
     def outcome(self) -> str | None:
         """What rank 0 said last."""

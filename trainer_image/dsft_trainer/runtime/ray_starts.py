@@ -14,7 +14,9 @@ from typing import Any
 import ray
 
 from dsft_api.job import Job
+from dsft_api.progress import Progress
 from dsft_trainer.checkpoint.listing import read_commits
+from dsft_trainer.checkpoint.ray_book import BOOK, found_at_start
 from dsft_trainer.checkpoint.store import store_of
 from dsft_trainer.errors import TrainerError
 from dsft_trainer.progress import starting
@@ -32,7 +34,8 @@ def run_starts(job: Job, channel: Channel, relay: Any, fit: Callable[[Start], No
     Raises:
         TrainerError: the failure that ended the attempt.
     """
-    start = Start(1, _newest(job), starting(job))
+    opening = _opening(job)  # which may mend what `_newest` reads
+    start = Start(1, _newest(job), opening)
     while True:
         channel.forget_failures()
         ray.get(relay.begin.remote(start.number), timeout=30)
@@ -65,13 +68,20 @@ def _following(job: Job, start: Start, failure: TrainerError, channel: Channel) 
     return start.after(failure, told, newest, datetime.now(UTC), draining=channel.drain_requested())
 
 
+def _opening(job: Job) -> Progress:
+    """The document of an attempt's first start. The ranks of the built-in training say themselves where they begin."""
+    opening = starting(job)
+    checkpoints = found_at_start(job, store_of(job)) if job.spec.program is not None else None
+    if checkpoints is None or checkpoints.latest is None:
+        return opening
+    return opening.model_copy(update={"checkpoints": checkpoints, "from_step": checkpoints.latest.step})
+
+
 def _newest(job: Job) -> str | None:
     """What names the newest commit: its folder, or of a program, whose commits are Ray Train's, the digest of its book."""
     if job.spec.program is None:
         commits = read_commits(store_of(job))
         return commits[-1].name if commits else None
-    from dsft_trainer.runtime.ray_program import BOOK
-
     book = store_of(job).get_bytes(BOOK)
     return hashlib.sha256(book).hexdigest() if book is not None else None
 
@@ -129,7 +139,8 @@ class Notices:
             # What Ray Train's own watcher asks; there is no public way.
             leaving = frozenset(ray._private.state.state.get_draining_nodes())
             new = leaving - self._leaving if self._leaving is not None else frozenset[str]()
-            if new:
+            # A program that does not look is better left alone: what it loses, it starts again after.
+            if new and ray.get(self._relay.drains.remote(), timeout=10):
                 log.warning("Ray is about to lose node %s: the ranks shall commit and stop", ", ".join(sorted(new)))
                 ray.get(self._relay.request_drain.remote(), timeout=10)
         except ray.exceptions.RayError as error:
