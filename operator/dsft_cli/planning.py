@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dsft_api.base import QUANTITY_PATTERN
+from dsft_api.batch import PAD_TO_MULTIPLE_OF
 from dsft_api.estimate.devices import PRODUCT_LABEL, gpu_bytes
 from dsft_api.estimate.memory import DeviceMemory, HostMemory
 from dsft_api.estimate.plan import CheckpointPlan, RunPlan, gib, plan_run
@@ -26,9 +27,6 @@ from dsft_api.spec.placement import NodePool
 from dsft_cli.devices import Machine, ranks_here
 from dsft_cli.output import out
 from dsft_cli.view import size
-
-# Rows are padded to a multiple of this, as the trainer does.
-_MULTIPLE = 8
 
 
 def place_of(
@@ -140,7 +138,8 @@ def _read_sizes(
         data = sizing.data_size(job, folder, cache, most_rows=most_rows)
     except TrainerError as error:
         missing.append(f"data: {error.message}; {error.remedy}")
-    longest = -(-data.longest // _MULTIPLE) * _MULTIPLE if data else work.data.max_length
+    multiple = PAD_TO_MULTIPLE_OF[job.ranks.device]
+    longest = -(-data.longest // multiple) * multiple if data else work.data.max_length
     try:
         model = sizing.model_size(
             work.model,

@@ -317,7 +317,8 @@ def start_engine(
         lr=optimizer.learning_rate,
         betas=(optimizer.betas[0], optimizer.betas[1]),
         eps=optimizer.epsilon,
-        fused=device.type == "cuda",
+        # One pass over memory instead of ten; on CPU too.
+        fused=True,
     )
     factor = lr_factor(schedule, total_steps)
     engine, *_ = deepspeed.initialize(

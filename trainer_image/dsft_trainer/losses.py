@@ -27,8 +27,11 @@ def classification_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tens
 
 def causal_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Sum over trained tokens. logits: [batch, length, vocabulary]; labels: [batch, length], not yet shifted."""
-    shifted = logits[:, :-1].float().flatten(0, 1)
-    return functional.cross_entropy(shifted, labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+    # The labels are shifted, since to cut the logits would copy them.
+    shifted = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return functional.cross_entropy(
+        logits.float().flatten(0, 1), shifted.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
 
 
 def nll(task: str, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dsft_api.batch import plan_batch
+from dsft_api.batch import PAD_TO_MULTIPLE_OF, plan_batch
 from dsft_api.conditions import FailureClass
 from dsft_api.job import Job
 from dsft_api.layout import RESULT_FILE, attempt_logs
@@ -301,7 +301,12 @@ class _Attempt:
         schedule: Schedule,
         metrics: MetricsLog | None,
     ) -> Trainer:
-        collator = Collator(tokenizer.pad_token_id or 0, self.work.model.task, self.work.data.max_length)
+        collator = Collator(
+            tokenizer.pad_token_id or 0,
+            self.work.model.task,
+            self.work.data.max_length,
+            PAD_TO_MULTIPLE_OF[self.job.ranks.device],
+        )
         loss = batch_loss(engine, self.work.model.task, self.spec.execution.loss_kernel)
         evaluator = None
         if data.eval is not None:

@@ -76,10 +76,11 @@ def device_memory(model: ModelSize, spec: FineTuneSpec, place: Place, *, evaluat
     buckets = width * (reduced if place.device == "cpu" else zero.reduce_bucket_size)
     live = _live_parameters(model, zero, width)
     activations, recomputed = _activations(model, spec)
-    # Cross entropy in fp32: its log-softmax, two gradients of that size, and the one that goes back into the model.
-    logits = (12 + width) * _logits(model, execution, execution.micro_batch_size)
-    step = _step_width(gradient_width, place) * min(trained, zero.sub_group_size)
-    # Without gradients: the logits, their fp32 copy and its log-softmax.
+    # Cross entropy in fp32: its log-softmax and two gradients of that size, the second of which goes back into the model.
+    narrow = width if width < 4 else 0
+    logits = (12 + narrow) * _logits(model, execution, execution.micro_batch_size)
+    step = _step_width(gradient_width) * min(trained, zero.sub_group_size)
+    # Without gradients: the logits, their log-softmax, and a copy in fp32; measured as much where they are fp32 already.
     evaluation = (width + 8) * _logits(model, execution, execution.eval_batch_size) if evaluates else 0
     # A full bucket is copied, rank by rank, before it is reduced.
     left = activations * (1 - reduced / max(model.trained_parameters, 1))
@@ -114,9 +115,9 @@ def _live_parameters(model: ModelSize, zero: ZeroSettings, width: int) -> int:
     return width * min(model.parameters, kept + zero.stage3_prefetch_bucket_size + model.largest_module)
 
 
-def _step_width(gradient_width: int, place: Place) -> int:
-    """Gradients are laid side by side and turned into fp32, a sub-group at a time. On CPU AdamW is not fused: two more arrays."""
-    return max(gradient_width + 4 if gradient_width < 4 else 4, 12 if place.device == "cpu" else 0)
+def _step_width(gradient_width: int) -> int:
+    """Gradients are laid side by side and turned into fp32, a sub-group at a time."""
+    return gradient_width + 4 if gradient_width < 4 else 4
 
 
 def _activations(model: ModelSize, spec: FineTuneSpec) -> tuple[int, int]:

@@ -18,8 +18,10 @@ def row(length, label=None, trained=None, types=False) -> dict[str, np.ndarray]:
     return {**cells, "labels": labels}
 
 
-def test_rows_are_padded_to_a_multiple_of_eight():
-    batch = Collator(pad_token_id=9, task="causal-lm", max_length=512)([row(3), row(9, trained=2)])
+def test_rows_are_padded_to_a_multiple():
+    batch = Collator(pad_token_id=9, task="causal-lm", max_length=512, pad_to_multiple_of=8)(
+        [row(3), row(9, trained=2)]
+    )
     assert batch.inputs["input_ids"].shape == batch.labels.shape == (2, 16)
     assert batch.inputs["input_ids"][0].tolist() == [1, 2, 3] + [9] * 13
     assert batch.inputs["attention_mask"].sum(1).tolist() == [3, 9]
@@ -31,7 +33,7 @@ def test_rows_are_padded_to_a_multiple_of_eight():
 
 def test_padding_stays_within_the_longest_length():
     """A model has no positions beyond it."""
-    batch = Collator(pad_token_id=0, task="causal-lm", max_length=12)([row(12), row(3)])
+    batch = Collator(pad_token_id=0, task="causal-lm", max_length=12, pad_to_multiple_of=8)([row(12), row(3)])
     assert batch.labels.shape == (2, 12)
 
 
@@ -40,7 +42,7 @@ def test_labels_and_token_types_of_a_classifier():
         [row(3, 1, types=True), row(2, 0, types=True)]
     )
     assert batch.labels.tolist() == [1, 0]
-    assert batch.inputs["token_type_ids"][0].tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
+    assert batch.inputs["token_type_ids"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert (batch.weight, batch.tokens) == (2, 5)
 
 

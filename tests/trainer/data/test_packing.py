@@ -78,8 +78,8 @@ def test_a_batch_of_packed_rows_has_positions_and_no_mask(rng, tmp_path):
     batch = Collator(pad_token_id=0, task="causal-lm", max_length=512)([data[0], data[1]])
     assert set(batch.inputs) == {"input_ids", "position_ids"}
     assert batch.inputs["position_ids"].tolist() == [
-        [*range(6), *range(3), *[0] * 7],
-        [*range(5), *[0] * 11],
+        [*range(6), *range(3)],
+        [*range(5), *[0] * 4],
     ]
     assert batch.weight == data.weights.sum()
     assert batch.tokens == 14

@@ -11,9 +11,6 @@ from dsft_api.spec.identity import Task
 from dsft_trainer.data.indexed import Row
 from dsft_trainer.data.tokens import IGNORED
 
-# Tensor cores want lengths in multiples of 8 (NVIDIA, Deep Learning Performance Guide).
-_MULTIPLE = 8
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -33,17 +30,19 @@ class Batch:
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads rows on the right to the longest of them, rounded up to a multiple of 8, but never beyond `max_length`."""
+    """Pads rows on the right to the longest of them, rounded up to `pad_to_multiple_of`, but never beyond `max_length`."""
 
     pad_token_id: int
     task: Task
     max_length: int
+    pad_to_multiple_of: int = 1
 
     def __call__(self, rows: Sequence[Row], valid: NDArray[np.bool_] | None = None) -> Batch:
         """One batch of the rows, in their order. `valid` marks those that count (see `eval_batches`)."""
         counts = np.ones(len(rows), dtype=bool) if valid is None else valid
         lengths = np.array([len(row["input_ids"]) for row in rows])
-        width = min(-(-int(lengths.max()) // _MULTIPLE) * _MULTIPLE, self.max_length)
+        multiple = self.pad_to_multiple_of
+        width = min(-(-int(lengths.max()) // multiple) * multiple, self.max_length)
         inputs = {"input_ids": _pad(rows, "input_ids", width, self.pad_token_id)}
         if "position_ids" in rows[0]:
             # transformers keeps packed rows apart by their positions, but only where there is no attention mask. Padding at
