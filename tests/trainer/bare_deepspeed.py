@@ -28,7 +28,9 @@ def main(model_folder: str, batches: str, out: str, settings: str) -> None:
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
-    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(groups, **adamw), config=config)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=torch.optim.AdamW(groups, **adamw, fused=True), config=config
+    )
     assert engine.zero_optimization_stage() == 3
     losses = []
     for step in range(len(list(Path(batches).glob(f"*-{rank}.pt")))):
