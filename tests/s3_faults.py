@@ -190,7 +190,7 @@ class FaultyS3:
                     if self.command != "HEAD":
                         self.wfile.write(body)
 
-            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer  # noqa: N815
+            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer
 
             def log_message(self, format: str, *args: object) -> None:  # noqa: A002
                 """Nothing."""

@@ -53,7 +53,7 @@ class Sink(BaseHTTPRequestHandler):
         is_bucket = "/" not in urlsplit(self.path).path.strip("/")
         self._reply(200 if is_bucket else 404)
 
-    do_DELETE = do_HEAD  # noqa: N815
+    do_DELETE = do_HEAD
 
     def _swallow(self) -> None:
         begin = time.monotonic()

@@ -3,12 +3,12 @@
 import os
 import ssl
 import subprocess
-import threading
 from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from tests.http_double import HttpDouble, QuietHandler
 
 _AUTHOR = {f"GIT_{who}_{what}": "t@example.com" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
 
@@ -34,25 +34,19 @@ def serving(folder: Path, *, token: str | None = None, tls: ssl.SSLContext | Non
     """URL of the repository in `folder`. With a token it is for who has it; with `tls`, at https://localhost."""
     backend = Path(git(folder, "--exec-path")) / "git-http-backend"
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_GET(self) -> None:
             expected = f"Basic {b64encode(f'x-token-auth:{token}'.encode()).decode()}"
             if token is not None and self.headers.get("Authorization") != expected:
                 self.send_error(401)
                 return
             path, _, query = self.path.partition("?")
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             done = subprocess.run(
-                [str(backend)], input=body, env=self._cgi(path, query), check=False, capture_output=True
+                [str(backend)], input=self.body(), env=self._cgi(path, query), check=False, capture_output=True
             )
             head, _, content = done.stdout.partition(b"\r\n\r\n")
             headers = dict(line.split(": ", 1) for line in head.decode().splitlines())
-            self.send_response(int(headers.pop("Status", "200").split()[0]))
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+            self.reply(int(headers.pop("Status", "200").split()[0]), content, headers)
 
         def do_POST(self) -> None:
             self.do_GET()
@@ -77,18 +71,5 @@ def serving(folder: Path, *, token: str | None = None, tls: ssl.SSLContext | Non
                 "HTTP_CONTENT_ENCODING": self.headers.get("Content-Encoding", ""),
             }  # fmt: skip
 
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    if tls is not None:
-        server.socket = tls.wrap_socket(server.socket, server_side=True)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        host = "https://localhost" if tls is not None else "http://127.0.0.1"
-        yield f"{host}:{server.server_port}/{folder.name}/.git"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with HttpDouble(Handler, tls) as double:
+        yield f"{double.uri}/{folder.name}/.git"

@@ -1,12 +1,12 @@
 """The Hub's API as far as a preflight goes: what a repository has, and its files, which a gated one shows nobody."""
 
 import json
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from zlib import crc32
+
+from tests.http_double import HttpDouble, QuietHandler
 
 SHA = "1" * 40
 
@@ -15,7 +15,7 @@ SHA = "1" * 40
 def hub(models: Mapping[str, Path], gated: frozenset[str] = frozenset()) -> Iterator[str]:
     """Serve folders as model repositories; the endpoint."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
             name = next((name for name in models if f"/{name}/" in f"{path}/"), None)
@@ -36,28 +36,11 @@ def hub(models: Mapping[str, Path], gated: frozenset[str] = frozenset()) -> Iter
             else:
                 self._answer(200, (models[name] / path.rpartition("/")[2]).read_bytes())
 
-        do_HEAD = do_GET  # noqa: N815
+        do_HEAD = do_GET
 
         def _answer(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
-            self.send_response(status)
-            named = {
-                "Content-Length": str(len(body)),
-                "X-Repo-Commit": SHA,
-                "ETag": f'"{crc32(self.path.encode()):08x}"',
-            }
-            for header, value in {**named, **(headers or {})}.items():
-                self.send_header(header, value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
+            named = {"X-Repo-Commit": SHA, "ETag": f'"{crc32(self.path.encode()):08x}"'}
+            self.reply(status, body, {**named, **(headers or {})})
 
-        def log_message(self, *_: object) -> None:
-            """Nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with HttpDouble(Handler) as double:
+        yield double.uri

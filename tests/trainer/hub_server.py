@@ -4,14 +4,13 @@ import base64
 import hashlib
 import json
 import re
-import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
+
+from tests.http_double import HttpDouble, QuietHandler
 
 LARGE = (".safetensors", ".bin")
 
@@ -34,7 +33,7 @@ class Repository:
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-class HubServer:
+class HubServer(HttpDouble):
     """Serves on a free port while in its block; `status`: answers everything with that."""
 
     def __init__(self, token: str) -> None:
@@ -43,20 +42,7 @@ class HubServer:
         self.repositories: dict[str, Repository] = {}
         self.large: dict[str, bytes] = {}
         self.sent = 0
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-
-    @property
-    def uri(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(self._handler())
 
     def create(self, asked: dict[str, Any]) -> tuple[int, Any]:
         name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
@@ -137,36 +123,18 @@ class HubServer:
         siblings = [{"rfilename": path} for path in repository.files]
         return 200, {"id": f"{owner}/{name}", "sha": repository.commits[-1], "siblings": siblings, "tags": []}
 
-    def _handler(self) -> type[BaseHTTPRequestHandler]:
+    def _handler(self) -> type[QuietHandler]:
         server = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(QuietHandler):
             protocol_version = "HTTP/1.1"
 
             def _any(self) -> None:
-                body = self._body()
+                body = self.body()
                 path = urlsplit(self.path).path
                 code, answer = server.answer(self.command, path, self.headers.get("Authorization"), body)
-                text = json.dumps(answer).encode()
-                self.send_response(code)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(text)))
-                self.end_headers()
-                self.wfile.write(text)
+                self.reply(code, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
-            def _body(self) -> bytes:
-                if self.headers.get("Transfer-Encoding") != "chunked":
-                    return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                parts = []
-                while size := int(self.rfile.readline(), 16):
-                    parts.append(self.rfile.read(size))
-                    self.rfile.readline()
-                self.rfile.readline()
-                return b"".join(parts)
-
-            do_GET = do_POST = do_PUT = _any  # noqa: N815
-
-            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-                """Say nothing."""
+            do_GET = do_POST = do_PUT = _any
 
         return Handler

@@ -1,12 +1,11 @@
 """A double of an MLflow tracking server: the requests of its REST API that the trainer's tracker makes, kept in memory."""
 
 import json
-import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
+
+from tests.http_double import HttpDouble, QuietHandler
 
 API = "/api/2.0/mlflow/"
 
@@ -30,27 +29,14 @@ class TrackedRun:
         return {"run": {"info": info, "data": {"tags": tags}}}
 
 
-class MlflowServer:
+class MlflowServer(HttpDouble):
     """Serves on a free port while in its block. `refuse`: answers everything with 403 and this text."""
 
     def __init__(self, refuse: str | None = None) -> None:
         self.experiments: dict[str, str] = {}
         self.runs: dict[str, TrackedRun] = {}
         self.refuse = refuse
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-
-    @property
-    def uri(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(self._handler())
 
     def answer(self, path: str, asked: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         if self.refuse is not None:
@@ -84,28 +70,19 @@ class MlflowServer:
                 return 200, {}
         return 404, {"error_code": "ENDPOINT_NOT_FOUND", "message": path}
 
-    def _handler(self) -> type[BaseHTTPRequestHandler]:
+    def _handler(self) -> type[QuietHandler]:
         server = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(QuietHandler):
             def do_GET(self) -> None:
                 query = {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
-                length = int(self.headers.get("Content-Length") or 0)
-                self._reply(query | json.loads(self.rfile.read(length) or b"{}"))
+                self._answer(query | json.loads(self.body() or b"{}"))
 
             def do_POST(self) -> None:
-                self._reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                self._answer(json.loads(self.body()))
 
-            def _reply(self, asked: dict[str, Any]) -> None:
+            def _answer(self, asked: dict[str, Any]) -> None:
                 code, answer = server.answer(urlsplit(self.path).path.removeprefix(API), asked)
-                body = json.dumps(answer).encode()
-                self.send_response(code)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-                """Say nothing."""
+                self.reply(code, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
         return Handler

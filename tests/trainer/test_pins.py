@@ -1,9 +1,7 @@
 """What the first attempt finds the inputs to be binds every later one."""
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub
@@ -18,6 +16,7 @@ from dsft_trainer.data.formats import eval_source
 from dsft_trainer.driver import first_come
 from dsft_trainer.errors import TrainerError
 from dsft_trainer.pins import data_digest, pinned, with_known_commits
+from tests.http_double import HttpDouble, QuietHandler
 from tests.trainer import tiny
 from tests.trainer.runs import causal_lm, first_attempt
 
@@ -131,27 +130,16 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """A Hub that knows the newest commits of these repositories, by path: `models/org/name`."""
     commits: dict[str, str] = {}
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_GET(self) -> None:
             commit = commits.get(self.path.removeprefix("/api/"))
             body = json.dumps({"id": "org/name", "sha": commit} if commit else {"error": "not found"}).encode()
-            self.send_response(200 if commit else 404)
-            if not commit:
-                self.send_header("X-Error-Code", "RepoNotFound")
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            error = {} if commit else {"X-Error-Code": "RepoNotFound"}
+            self.reply(200 if commit else 404, body, {"Content-Type": "application/json", **error})
 
-        def log_message(self, *_: object) -> None:
-            """Nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    yield commits
-    server.shutdown()
-    server.server_close()
+    with HttpDouble(Handler) as double:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", double.uri)
+        yield commits
 
 
 def test_branches_on_the_hub_become_commits_and_stay_so(hub: dict[str, str]) -> None:

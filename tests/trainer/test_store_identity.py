@@ -6,11 +6,8 @@ taken from the server, so that only new ones can work.
 """
 
 import json
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -18,6 +15,7 @@ from urllib.parse import parse_qs
 import pytest
 
 from dsft_trainer.checkpoint.store import open_store
+from tests.http_double import HttpDouble, QuietHandler
 from tests.s3_server import ADMIN, Identity, S3Server
 
 # Not the server's admin, whom it must always know.
@@ -29,20 +27,20 @@ _STS = """<AssumeRoleWithWebIdentityResponse xmlns="https://sts.amazonaws.com/do
 </AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>"""
 
 
-@dataclass
-class Giver:
+class Giver(HttpDouble):
     """Gives the keys of an identity, for less time than botocore leaves to the last moment, and keeps the tokens it was shown."""
 
-    gives: Identity = FIRST
-    shown: list[str] = field(default_factory=list[str])
-    server: ThreadingHTTPServer | None = None
+    def __init__(self) -> None:
+        super().__init__(self._handler())
+        self.gives = FIRST
+        self.shown: list[str] = []
 
-    def start(self) -> str:
+    def _handler(self) -> type[QuietHandler]:
         giver = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(QuietHandler):
             def do_POST(self) -> None:
-                form = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+                form = parse_qs(self.body().decode())
                 assert form["Action"] == ["AssumeRoleWithWebIdentity"]
                 self._answer(form["WebIdentityToken"][0], _STS.format(**giver.keys()))
 
@@ -53,17 +51,9 @@ class Giver:
 
             def _answer(self, token: str, text: str) -> None:
                 giver.shown.append(token)
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(text)))
-                self.end_headers()
-                self.wfile.write(text.encode())
+                self.reply(200, text.encode())
 
-            def log_message(self, format: str, *_: object) -> None:  # noqa: A002
-                return
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{self.server.server_port}"
+        return Handler
 
     def keys(self) -> dict[str, Any]:
         end = datetime.now(UTC) + timedelta(minutes=5)
@@ -75,12 +65,9 @@ class Giver:
 
 
 @pytest.fixture
-def giver() -> Iterator[tuple[Giver, str]]:
-    it = Giver()
-    yield it, it.start()
-    assert it.server is not None
-    it.server.shutdown()
-    it.server.server_close()
+def giver() -> Iterator[Giver]:
+    with Giver() as it:
+        yield it
 
 
 @pytest.fixture
@@ -105,23 +92,22 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_keys_are_renewed_while_a_run_lasts(
-    way: str, giver: tuple[Giver, str], server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    way: str, giver: Giver, server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gives, endpoint = giver
     token = tmp_path / "token"
     token.write_text("token-one")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     for name, value in WAYS[way].items():
-        monkeypatch.setenv(name, value.format(token=token, endpoint=endpoint))
+        monkeypatch.setenv(name, value.format(token=token, endpoint=giver.uri))
     store = open_store(f"{server.make_bucket('runs')}/a", endpoint_url=server.endpoint, region="us-east-1")
     store.put_bytes("x", b"1")
     # An hour later: the kubelet has renewed the token, and the keys of then are no longer taken.
     token.write_text("token-two")
-    gives.gives = SECOND
+    giver.gives = SECOND
     server.restart(identities=(ADMIN, SECOND))
     store.put_bytes("x", b"2")
     assert store.get_bytes("x") == b"2"
-    assert gives.shown[0] == "token-one"
-    assert gives.shown[-1] == "token-two"
+    assert giver.shown[0] == "token-one"
+    assert giver.shown[-1] == "token-two"
