@@ -182,6 +182,12 @@ def early_stopping_keeps_the_best(spec: FineTuneSpec) -> Iterator[Problem]:
         )
 
 
+def samples_need_causal_lm(spec: FineTuneSpec) -> Iterator[Problem]:
+    """A classifier writes nothing."""
+    if spec.model is not None and spec.evaluation.samples is not None and spec.model.task != "causal-lm":
+        yield Problem("spec.evaluation.samples", f"does not fit task {spec.model.task}", "remove it")
+
+
 def push_needs_an_export(spec: FineTuneSpec) -> Iterator[Problem]:
     """Nothing is uploaded where nothing is exported."""
     if spec.export.push_to_hub is not None and spec.export.format == "none":
@@ -340,6 +346,7 @@ RULES: tuple[Callable[[FineTuneSpec], Iterator[Problem]], ...] = (
     eval_beside_a_mixture_is_whole,
     evaluation_needs_data,
     early_stopping_keeps_the_best,
+    samples_need_causal_lm,
     push_needs_an_export,
     metric_fits_task,
     optimisation_fits,

@@ -142,6 +142,9 @@ class EvaluationStatus(ApiModel):
 
     step: int = Field(description="Step it was done at.")
     metrics: Metrics = Field(description="Values by name.")
+    samples: str | None = Field(
+        default=None, description="What the model wrote after some prompts: JSON lines, by evaluation.samples."
+    )
 
 
 class CheckpointRef(ApiModel):

@@ -294,6 +294,8 @@ def _print_text(local: LocalRun, current: FineTuneStatus) -> None:
     if current.evaluation is not None:
         values = ", ".join(f"{name} {value:.4f}" for name, value in current.evaluation.metrics.items())
         table.add_row("evaluation", f"step {current.evaluation.step}: {values}")
+        if current.evaluation.samples:
+            table.add_row("samples", escape(current.evaluation.samples))
     for checkpoint in current.checkpoints.retained if current.checkpoints else ():
         table.add_row("checkpoint", checkpoint_line(checkpoint))
     if current.output is not None:

@@ -74,6 +74,8 @@ class View:
             self._evaluated = evaluation.step
             values = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items())
             self.say(f"[cyan]evaluation[/] at step {evaluation.step}: {values}")
+            if evaluation.samples:
+                self.say(f"[dim]samples in {escape(evaluation.samples)}[/]")
 
     def _show_checkpoints(self, progress: Progress) -> None:
         checkpoints = progress.checkpoints or Checkpoints()

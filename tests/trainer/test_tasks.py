@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dsft_api.job import Job, Ranks, RunRef
 from dsft_api.resource import spec_hash
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.slow
 
 SECONDS = 280
 STEPS = 16
+NEW_TOKENS = 9
 Spec = dict[str, Any]
 
 
@@ -85,6 +87,10 @@ def packed(spec: Spec) -> Spec:
     return {**spec, "data": {**spec["data"], "packing": True}}
 
 
+def grouped(spec: Spec) -> Spec:
+    return {**spec, "data": {**spec["data"], "groupByLength": True}}
+
+
 def chunked(spec: Spec) -> Spec:
     return {**spec, "execution": {**spec["execution"], "lossKernel": "chunked"}}
 
@@ -97,6 +103,15 @@ def mixed(spec: Spec, folder: Path) -> Spec:
 
 def held_out(spec: Spec) -> Spec:
     return {**spec, "data": {**spec["data"], "evalFraction": 0.25}, "evaluation": {"everySteps": 8}}
+
+
+def with_samples(spec: Spec, count: int = 3) -> Spec:
+    samples = {"count": count, "maxNewTokens": NEW_TOKENS}
+    return {**held_out(spec), "evaluation": {"everySteps": 8, "samples": samples}}
+
+
+def exported(spec: Spec) -> Spec:
+    return {**spec, "export": {"format": "safetensors"}}
 
 
 def from_file(spec: Spec, path: Path) -> Spec:
@@ -127,8 +142,14 @@ JOBS: Mapping[str, Callable[[Path], Spec]] = {
     "text-recomputed": lambda folder: recomputed(causal(folder, "text")),
     "mixture": lambda folder: mixed(causal(folder, "text"), folder),
     "text-packed": lambda folder: held_out(packed(causal(folder, "text"))),
+    "text-grouped": lambda folder: grouped(causal(folder, "text")),
     "text-chunked": lambda folder: held_out(chunked(causal(folder, "text"))),
     "text-held-out": lambda folder: held_out(causal(folder, "text")),
+    "text-samples": lambda folder: with_samples(chunked(causal(folder, "text", lora={"rank": 4}))),
+    "messages-held-out": lambda folder: held_out(causal(folder, "messages", chat_template=tiny.CHATML)),
+    "messages-samples": lambda folder: exported(
+        with_samples(causal(folder, "messages", chat_template=tiny.CHATML), count=16)
+    ),
     "prompt-completion": lambda folder: causal(folder, "prompt_completion"),
     "prompt-completion-csv": lambda folder: from_file(causal(folder, "prompt_completion"), as_csv(folder)),
     "prompt-completion-parquet": lambda folder: from_file(causal(folder, "prompt_completion"), as_parquet(folder)),
@@ -209,10 +230,18 @@ def test_an_untrained_model_guesses(name: str, classes: int, trained: Path) -> N
         ("prompt-completion-csv", "prompt-completion"),
         ("prompt-completion-parquet", "prompt-completion"),
         ("messages-generation", "messages"),
+        ("messages-samples", "messages-held-out"),
     ],
 )
 def test_what_must_not_change_the_losses_does_not(name: str, same_as: str, trained: Path) -> None:
     assert values(trained, name, "train") == values(trained, same_as, "train")
+
+
+def test_groups_by_length_train_as_many_tokens_in_another_order(trained: Path) -> None:
+    """Of whole epochs: each row of them is trained as often."""
+    tokens, grouped_tokens = (values(trained, name, "train", "tokens") for name in ("text", "text-grouped"))
+    assert sum(tokens) == sum(grouped_tokens)
+    assert sorted(tokens) != sorted(grouped_tokens)
 
 
 def test_bf16_follows_fp32(trained: Path) -> None:
@@ -229,6 +258,48 @@ def test_rows_that_were_held_out_are_evaluated(trained: Path) -> None:
 @pytest.mark.parametrize("kind", ["train", "eval"])
 def test_a_chunked_loss_is_the_loss_but_for_rounding(kind: str, trained: Path) -> None:
     assert values(trained, "text-chunked", kind) == pytest.approx(values(trained, "text-held-out", kind), abs=1e-5)
+
+
+def samples(trained: Path, name: str) -> dict[str, list[dict[str, Any]]]:
+    """By step, in their order."""
+    files = sorted((trained / name / "run" / "samples").glob("*.jsonl"))
+    return {
+        path.stem.rpartition("-")[2]: [json.loads(line) for line in path.read_text().splitlines()] for path in files
+    }
+
+
+@pytest.mark.parametrize("name", ["text-samples", "messages-samples"])
+def test_each_evaluation_has_samples_and_says_where(name: str, trained: Path) -> None:
+    at_steps = samples(trained, name)
+    assert list(at_steps) == ["00000008", "00000016"]
+    first, last = at_steps.values()
+    for before, after in zip(first, last, strict=True):
+        assert (before["row"], before["prompt"], before["expected"]) == (
+            after["row"],
+            after["prompt"],
+            after["expected"],
+        )
+        assert before["prompt"]
+        assert before["expected"]
+    told = json.loads((trained / name / "run" / "RESULT.json").read_text())["evaluation"]["samples"]
+    assert told.startswith("file://")
+    assert Path(told.removeprefix("file://")).read_text().splitlines() == [
+        json.dumps(line, ensure_ascii=False) for line in last
+    ]
+
+
+def test_samples_are_what_plain_transformers_writes(trained: Path) -> None:
+    """The last ones, by the exported model, one prompt at a time and so without padding."""
+    folder = trained / "messages-samples" / "run" / "export"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    before, lines = samples(trained, "messages-samples").values()
+    assert [line["completion"] for line in before] != [line["completion"] for line in lines]
+    assert [line["row"] for line in lines] == list(range(16))
+    for line in lines:
+        prompt = tokenizer(line["prompt"], add_special_tokens=False, return_tensors="pt")
+        written = model.generate(**prompt, do_sample=False, max_new_tokens=NEW_TOKENS)
+        text = tokenizer.decode(written[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert line["completion"] == text
 
 
 def test_rows_with_nothing_to_train_on_are_refused_on_every_rank(trained: Path) -> None:

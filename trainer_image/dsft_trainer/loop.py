@@ -27,6 +27,7 @@ from dsft_trainer.losses import BatchLoss
 from dsft_trainer.metrics import MetricsLog
 from dsft_trainer.progress import Pace, Reporter, SilentReporter, progress_status
 from dsft_trainer.runtime import Outcome, Place
+from dsft_trainer.samples import SampleWriter
 from dsft_trainer.stopping import Stopper
 
 # Steps in a row that DeepSpeed did not apply, since a gradient was not finite, before the run counts as diverged.
@@ -55,6 +56,7 @@ class Trainer:
     batches: GlobalBatches
     collator: Collator
     evaluator: Evaluator | None
+    sample_writer: SampleWriter | None
     saver: Saver
     stopper: Stopper
     schedule: Schedule
@@ -195,10 +197,13 @@ class Trainer:
             return None
         if not all(map(math.isfinite, metrics.values())):
             raise TrainerError(FailureClass.DIVERGED, f"the evaluation at step {step} is not finite: {metrics}")
+        samples = self.sample_writer(self.engine, self._stop_asked) if self.sample_writer is not None else []
+        kept = None
         if self.metrics is not None:
             self.metrics.write("eval", step, metrics)
+            kept = self.metrics.keep_samples(step, samples)
         self.stopper.see(metrics)
-        self.reporter.update(evaluation=EvaluationStatus(step=step, metrics=metrics))
+        self.reporter.update(evaluation=EvaluationStatus(step=step, metrics=metrics, samples=kept))
         self.pace.pause()
         return metrics
 

@@ -5,13 +5,19 @@ an upload: the line of every committed step is in storage. The thread that saves
 """
 
 import json
+import logging
+import textwrap
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from dsft_trainer.checkpoint.store import Store
+from dsft_trainer.errors import TrainerError
 from dsft_trainer.runtime import Outcome
+from dsft_trainer.samples import Sample
 from dsft_trainer.trackers import Tracker
+
+log = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -43,6 +49,23 @@ class MetricsLog:
         for tracker in self._trackers:
             tracker.write(kind, step, values)
 
+    def keep_samples(self, step: int, samples: Sequence[Sample]) -> str | None:
+        """Store texts at once, and show them in TensorBoard; where they are, None if there are none or storage fails."""
+        if not samples:
+            return None
+        if self._events is not None:
+            for sample in samples:
+                self._events.add_text(f"samples/{sample.row}", _markdown(sample), step)
+        key = f"samples/{self._claim}-step-{step:08d}.jsonl"
+        lines = (json.dumps(sample.to_wire(), ensure_ascii=False) + "\n" for sample in samples)
+        store = self._store.impatient()
+        try:
+            store.put_bytes(key, "".join(lines).encode())
+        except TrainerError as error:
+            log.warning("the samples of step %s cannot be kept: %s", step, error)
+            return None
+        return f"{store.uri}/{key}"
+
     def upload(self) -> None:
         """Bring storage up to date. What could not be stored is kept for the next time."""
         with self._uploading:
@@ -63,3 +86,8 @@ class MetricsLog:
         self.upload()
         if self._events is not None:
             self._events.close()
+
+
+def _markdown(sample: Sample) -> str:
+    parts = {"prompt": sample.prompt, "completion": sample.completion, "expected": sample.expected}
+    return "\n\n".join(f"**{name}**\n\n" + textwrap.indent(text, "    ") for name, text in parts.items())

@@ -53,6 +53,7 @@ from dsft_trainer.model import check_length, load_model, load_tokenizer
 from dsft_trainer.model_checks import check_model
 from dsft_trainer.progress import Pace, Reporter, SilentReporter
 from dsft_trainer.runtime import Outcome, Runtime
+from dsft_trainer.samples import SampleWriter
 from dsft_trainer.scratch import node_scratch
 from dsft_trainer.stopping import Stopper
 from dsft_trainer.trackers import trackers_of
@@ -321,6 +322,10 @@ class _Attempt:
                 device=self.device,
                 beat=self.beat,
             )
+        sample_writer = None
+        if data.eval is not None and (samples := self.spec.evaluation.samples) is not None:
+            batch_size = self.spec.execution.eval_batch_size
+            sample_writer = SampleWriter(data.eval, tokenizer, samples, batch_size=batch_size, beat=self.beat)
         self.watchdog.pace = pace = Pace()
         self.watchdog.outlast = partial(collectives.outlast, group=engine.process_group)
         self.watchdog.outlast(self.spec.deadlines.stall_seconds + MARGIN_SECONDS)
@@ -330,6 +335,7 @@ class _Attempt:
             batches=batches,
             collator=collator,
             evaluator=evaluator,
+            sample_writer=sample_writer,
             saver=self._saver(checkpointer, schedule.steps_per_epoch),
             stopper=Stopper(self.spec.evaluation, checkpointer.restorer.patience),
             schedule=schedule,
@@ -368,11 +374,13 @@ class _Attempt:
             collectives.barrier()
 
     def _record_end(self, reporter: Reporter, last: Commit, output: Output | None, message: str) -> None:
-        evaluation = EvaluationStatus(step=last.step, metrics=last.metrics) if last.metrics else None
+        evaluation = reporter.progress.evaluation
+        if last.metrics and (evaluation is None or evaluation.step != last.step):
+            evaluation = EvaluationStatus(step=last.step, metrics=last.metrics)
         reporter.update(
             phase=TrainerPhase.SUCCEEDED,
             output=output,
-            evaluation=evaluation or reporter.progress.evaluation,
+            evaluation=evaluation,
             message=message,
         )
         result = reporter.progress.to_wire() | {"finishedAt": datetime.now(UTC).isoformat()}

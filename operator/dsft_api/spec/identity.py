@@ -172,6 +172,11 @@ class DataSpec(ApiModel):
         description="Put several short rows into one sequence of up to maxLength tokens, kept apart by positions and mask. "
         "causal-lm only. A sample, as globalBatchSize and epochs count them, is then such a sequence.",
     )
+    group_by_length: bool = Field(
+        default=False,
+        description="Draw rows of like length into one global batch, so that less of it is padding. Each row still comes once "
+        "per epoch, and which batch comes when is still random. Not with packing, which leaves nothing to pad.",
+    )
     loader: Literal["torch", "ray-data"] = Field(
         default="torch",
         description="Who tokenises: one process per node (torch), or Ray Data in parallel (ray-data). Same order.",
@@ -180,6 +185,7 @@ class DataSpec(ApiModel):
     rules = (
         Rule("has(self.train) != has(self.mixture)", "set exactly one of train and mixture"),
         Rule("!(has(self.eval) && has(self.evalFraction))", "set only one of eval and evalFraction"),
+        Rule("!(self.packing && self.groupByLength)", "set only one of packing and groupByLength"),
     )
 
     @model_validator(mode="after")
@@ -188,6 +194,8 @@ class DataSpec(ApiModel):
             raise ValueError("set exactly one of train and mixture")
         if self.eval is not None and self.eval_fraction is not None:
             raise ValueError("set only one of eval and evalFraction")
+        if self.packing and self.group_by_length:
+            raise ValueError("set only one of packing and groupByLength")
         return self
 
     def sources(self) -> Iterator[tuple[str, DatasetSource]]:
@@ -281,6 +289,13 @@ class EarlyStopping(ApiModel):
     min_delta: float = Field(default=0.0, ge=0, description="Smallest change that counts as an improvement.")
 
 
+class SamplesSpec(ApiModel):
+    """What the model writes after the prompts of a few evaluation rows: for people to read."""
+
+    count: int = Field(default=4, ge=1, le=64, description="Evaluation rows, evenly spread over all of them.")
+    max_new_tokens: int = Field(default=64, ge=1, le=4096, description="Longest text, in tokens.")
+
+
 class EvaluationSpec(ApiModel):
     """When the held-out data is evaluated, and which metric decides the best checkpoint."""
 
@@ -297,6 +312,11 @@ class EvaluationSpec(ApiModel):
         default=None,
         description="Stop early. The exported model is then that of the best checkpoint by the metric, also if the run "
         "trains to its end; needs checkpoint.keepBest.",
+    )
+    samples: SamplesSpec | None = Field(
+        default=None,
+        description="Let the model go on from the prompts of some rows at each evaluation, always with the likeliest token; "
+        "causal-lm only. The texts are kept in storage and in TensorBoard.",
     )
 
     @property

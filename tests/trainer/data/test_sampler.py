@@ -102,6 +102,42 @@ def test_a_member_without_a_sample_is_refused_by_name():
         GlobalBatches(44, 8, 7, (Member(30, 3.0), Member(14, 0.001)))
 
 
+@given(n=sizes, batch=st.integers(1, 50), seed=seeds, data=st.data())
+def test_groups_by_length_hold_the_same_rows_of_an_epoch(n, batch, seed, data):
+    if n < batch:
+        return
+    lengths = np.array(data.draw(st.lists(st.integers(1, 9), min_size=n, max_size=n)))
+    plain, by_length = GlobalBatches(n, batch, seed), GlobalBatches(n, batch, seed, lengths=lengths)
+    for epoch in range(2):
+        steps = range(epoch * plain.steps_per_epoch, (epoch + 1) * plain.steps_per_epoch)
+        rows, same_rows = (np.concatenate([batches.batch(step) for step in steps]) for batches in (plain, by_length))
+        assert sorted(rows) == sorted(same_rows)
+        assert lengths[by_length.batch(steps.start)].max() == lengths[rows].max()
+
+
+def test_groups_by_length_leave_little_to_pad_and_stay_random():
+    lengths = np.random.default_rng(0).lognormal(5, 1, 10_000).clip(4, 2048).astype(np.int64)
+    batches = GlobalBatches(len(lengths), 64, 7, lengths=lengths)
+
+    def efficiency(batches: GlobalBatches) -> float:
+        micro = np.concatenate([batches.batch(step).reshape(-1, 4) for step in range(batches.steps_per_epoch)])
+        return lengths[micro].sum() / (lengths[micro].max(axis=1).sum() * 4)
+
+    assert efficiency(batches) > 0.95 > 0.55 > efficiency(GlobalBatches(len(lengths), 64, 7))
+    # Short and long ones take turns: which batch comes when says nothing of its length.
+    means = [lengths[batches.batch(step)].mean() for step in range(1, batches.steps_per_epoch)]
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.2
+    first, second = ({frozenset(batches.batch(step + epoch).tolist()) for step in range(156)} for epoch in (0, 156))
+    assert not first & second
+
+
+def test_the_order_of_groups_is_pinned():
+    """A run resumed by a later version must find its rows where it left them."""
+    lengths = np.array([5, 1, 4, 4, 2, 9, 3, 3, 7, 8])
+    batches = GlobalBatches(10, 3, 42, lengths=lengths)
+    assert [batches.batch(step).tolist() for step in range(4)] == [[5, 9, 8], [0, 2, 6], [7, 4, 1], [5, 9, 8]]
+
+
 @given(world=few, micro=few, accumulation=few)
 def test_ranks_share_a_global_batch_without_gap_or_overlap(world, micro, accumulation):
     batch = GlobalBatches(1000, world * micro * accumulation, seed=7).batch(3)

@@ -71,6 +71,10 @@ RULES: dict[str, list[tuple[Document, Document]]] = {
     "set only one of eval and evalFraction": [
         (changed({"data.evalFraction": 0.1}), changed({"data.evalFraction": 0.1, "data.eval.split": "test"})),
     ],
+    "set only one of packing and groupByLength": [
+        (changed({"data.packing": True}), changed({"data.packing": True, "data.groupByLength": True})),
+        (changed({"data.groupByLength": True}), changed({"data.groupByLength": True, "data.packing": True})),
+    ],
     "set exactly one of fromModel, template and configMapRef": [
         (
             changed({"data.chatTemplate.template": "{{ x }}"}),

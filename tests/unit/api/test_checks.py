@@ -85,6 +85,13 @@ CONTRADICTIONS = [
     ({**PAIR, "spec.data.lossOn": "all"}, "spec.data.lossOn", "does not fit format pair", "remove it"),
     ({**PAIR, "spec.data.packing": True}, "spec.data.packing", "does not fit task sequence-cl", "remove it"),
     (
+        {**PAIR, "spec.evaluation.samples": {}},
+        "spec.evaluation.samples",
+        "does not fit task sequence-classification",
+        "remove it",
+    ),
+    ({**NO_EVAL, "spec.evaluation.samples": {}}, "spec.evaluation.samples", "no evaluation data", "add spec.data.eval"),
+    (
         {**PAIR, "spec.execution.lossKernel": "chunked"},
         "spec.execution.lossKernel",
         "does not fit task sequence-classification",

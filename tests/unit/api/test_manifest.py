@@ -51,6 +51,12 @@ MISFITS = [
     ({"spec.nodePools": [{"name": "a"}] * 2}, "spec.nodePools", "name 'a' is used more than once", "give each item"),
     ({"spec.data.train": None}, "spec.data", "one is missing", "exactly one of train and mixture"),
     ({"spec.data.evalFraction": 0.1}, "spec.data", "contradict", "only one of eval and evalFraction"),
+    (
+        {"spec.data.packing": True, "spec.data.groupByLength": True},
+        "spec.data",
+        "contradict",
+        "only one of packing and groupByLength",
+    ),
     ({"spec.data.evalFraction": 0.9, "spec.data.eval": None}, "spec.data.evalFraction", "at most 0.5", "at most 0.5"),
     ({"spec.data.train.columns": {"txt": "a"}}, "spec.data.train.columns.txt", "did you mean text?", "rename"),
     ({"spec.data.chatTemplate": {}}, "spec.data.chatTemplate", "one is missing", "exactly one of fromModel"),

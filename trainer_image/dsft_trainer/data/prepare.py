@@ -51,11 +51,12 @@ class Prepared:
 
     def batches(self, work: Workload) -> GlobalBatches:
         """The training data in global batches; raises what `global_batches` does."""
-        return global_batches(work, self.train.parts)
+        batches = global_batches(work, self.train.parts)
+        return replace(batches, lengths=self.train.lengths) if work.data.group_by_length else batches
 
 
 def global_batches(work: Workload, parts: Sequence[int]) -> GlobalBatches:
-    """Batches over the rows, or packed sequences, of each training data set.
+    """Batches over the rows, or packed sequences, of each training data set, not grouped by length yet.
 
     Raises:
         TrainerError: DataInvalid if there is less than one batch, or nothing to draw from a member of a mixture.

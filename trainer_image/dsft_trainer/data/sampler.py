@@ -6,8 +6,9 @@ step, on more or fewer ranks, with nothing to skip and nothing to store.
 
 import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -20,9 +21,14 @@ from dsft_trainer.errors import TrainerError
 Indices = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
-# Keep the random streams of the hold-out and of mixtures apart from those of the epochs.
+# Keep the random streams of the hold-out, of mixtures and of groups apart from those of the epochs.
 _HOLD_OUT = 0x5EED
 _MIXTURE = 0x3117
+_GROUPS = 0x6209
+
+# Batches among which rows are sorted by length: as many as Hugging Face's LengthGroupedSampler has, and for its reason: enough
+# for like lengths, few enough that which rows meet stays random.
+_WINDOW = 50
 
 
 @dataclass(frozen=True)
@@ -83,12 +89,33 @@ def mixed(seed: int, epoch: int, members: tuple[Member, ...]) -> Indices:
     return order
 
 
+def grouped(order: Indices, lengths: Indices, batch_size: int, key: tuple[int, ...]) -> Indices:
+    """The full batches of `order` with rows of like length in each: rows change places within windows of 50 batches.
+
+    The batches of a window then come in an order that `key` decides. The batch with the longest row comes first of all: what
+    does not fit into memory fails at once.
+    """
+    order = order[: len(order) // batch_size * batch_size]
+    windows = np.split(order, range(_WINDOW * batch_size, len(order), _WINDOW * batch_size))
+    batches = np.concatenate(
+        [
+            rows[np.argsort(-lengths[rows], kind="stable")].reshape(-1, batch_size)[
+                _shuffled((*key, _GROUPS, number), len(rows) // batch_size)
+            ]
+            for number, rows in enumerate(windows)
+        ]
+    )
+    longest = lengths[batches].max(axis=1).argmax()
+    batches[[0, longest]] = batches[[longest, 0]]
+    return batches.reshape(-1)
+
+
 @dataclass(frozen=True)
 class GlobalBatches:
     """The global batch of every optimizer step. The last, incomplete batch of an epoch is dropped.
 
     `step` samples consumed are `step * global_batch_size`. `members`: the parts of the rows, if they are a mixture. `unit`: what
-    a row is called in errors.
+    a row is called in errors. `lengths`: tokens of each row, if those of like length are to be in one batch.
 
     Raises:
         TrainerError: DataInvalid if there are fewer rows than one batch needs, or none for a member of the mixture.
@@ -99,6 +126,7 @@ class GlobalBatches:
     seed: int
     members: tuple[Member, ...] = ()
     unit: str = "rows"
+    lengths: Indices | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for index, count in enumerate(quotas(self.members)):
@@ -126,8 +154,17 @@ class GlobalBatches:
         """The `global_batch_size` row indices of optimizer step `step`, counted from 0."""
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.global_batch_size
+        return self._order(epoch)[start : start + self.global_batch_size]
+
+    @cached_property
+    def _order(self) -> Callable[[int], Indices]:
+        return functools.lru_cache(maxsize=2)(self._order_of)
+
+    def _order_of(self, epoch: int) -> Indices:
         order = mixed(self.seed, epoch, self.members) if self.members else permutation(self.seed, epoch, self.n)
-        return order[start : start + self.global_batch_size]
+        if self.lengths is None:
+            return order
+        return grouped(order, self.lengths, self.global_batch_size, (self.seed, epoch))
 
 
 def split(indices: Indices, rank: int, world_size: int, micro_batch_size: int) -> list[Indices]:

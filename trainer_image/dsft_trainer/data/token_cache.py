@@ -57,7 +57,7 @@ def key_of(job: Job, model: Path, tokenizer: "PreTrainedTokenizerBase") -> str |
         "format": _FORMAT,
         "versions": {name: number for name, number in versions().items() if name in ("dsft", "transformers")},
         "digest": job.resolved.data_digest,
-        "data": work.data.model_dump(mode="json", exclude={"loader"}),
+        "data": work.data.model_dump(mode="json", exclude={"loader", "group_by_length"}),
         "seed": work.training.seed,
         "tokenizer": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
         "template": tokenizer.chat_template,
