@@ -123,6 +123,27 @@ def packing_needs_causal_lm(spec: FineTuneSpec) -> Iterator[Problem]:
         yield Problem("spec.data.packing", f"does not fit task {spec.model.task}", "remove it", True)
 
 
+def streaming_fits(spec: FineTuneSpec) -> Iterator[Problem]:
+    """What needs all rows at once does not go together with data that is never there at once."""
+    data = spec.data
+    if data is None or not data.streaming:
+        return
+    others = {
+        "mixture": data.mixture is not None,
+        "evalFraction": data.eval_fraction is not None,
+        "groupByLength": data.group_by_length,
+        "loader": data.loader == "ray-data",
+    }
+    for name, is_set in others.items():
+        if is_set:
+            yield Problem(
+                f"spec.data.{name}", "does not go together with spec.data.streaming", f"remove {name}, or streaming"
+            )
+    if data.train is not None and not data.train.uri.startswith(("s3://", "file://")):
+        remedy = "put its JSON lines, CSV or Parquet files there, or remove spec.data.streaming"
+        yield Problem("spec.data.train.uri", "cannot be streamed: only s3:// and file:// can", remedy, data.train.uri)
+
+
 def chunked_loss_needs_causal_lm(spec: FineTuneSpec) -> Iterator[Problem]:
     """A classifier has one small row of logits per sequence."""
     if spec.model is not None and spec.execution.loss_kernel == "chunked" and spec.model.task != "causal-lm":
@@ -340,6 +361,7 @@ RULES: tuple[Callable[[FineTuneSpec], Iterator[Problem]], ...] = (
     columns_fit_format,
     loss_on_fits_format,
     packing_needs_causal_lm,
+    streaming_fits,
     chunked_loss_needs_causal_lm,
     chat_template_needs_messages,
     eval_differs_from_train,

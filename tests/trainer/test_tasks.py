@@ -91,6 +91,21 @@ def grouped(spec: Spec) -> Spec:
     return {**spec, "data": {**spec["data"], "groupByLength": True}}
 
 
+def streamed(spec: Spec, folder: Path) -> Spec:
+    """From three files of sixteen rows; their epoch is as long as that of the one that they are evaluated on."""
+    files = folder / "files"
+    files.mkdir()
+    lines = tiny.rows("text", 48)
+    for number in range(3):
+        tiny.write_jsonl(files / f"{number}.jsonl", lines[number * 16 : number * 16 + 16])
+    train = {**spec["data"]["train"], "uri": files.as_uri()}
+    return {
+        **spec,
+        "data": {**spec["data"], "train": train, "eval": spec["data"]["train"], "streaming": True},
+        "evaluation": {"everySteps": 8},
+    }
+
+
 def chunked(spec: Spec) -> Spec:
     return {**spec, "execution": {**spec["execution"], "lossKernel": "chunked"}}
 
@@ -143,6 +158,7 @@ JOBS: Mapping[str, Callable[[Path], Spec]] = {
     "mixture": lambda folder: mixed(causal(folder, "text"), folder),
     "text-packed": lambda folder: held_out(packed(causal(folder, "text"))),
     "text-grouped": lambda folder: grouped(causal(folder, "text")),
+    "text-streamed": lambda folder: streamed(causal(folder, "text"), folder),
     "text-chunked": lambda folder: held_out(chunked(causal(folder, "text"))),
     "text-held-out": lambda folder: held_out(causal(folder, "text")),
     "text-samples": lambda folder: with_samples(chunked(causal(folder, "text", lora={"rank": 4}))),
@@ -242,6 +258,13 @@ def test_groups_by_length_train_as_many_tokens_in_another_order(trained: Path) -
     tokens, grouped_tokens = (values(trained, name, "train", "tokens") for name in ("text", "text-grouped"))
     assert sum(tokens) == sum(grouped_tokens)
     assert sorted(tokens) != sorted(grouped_tokens)
+
+
+def test_what_is_streamed_is_evaluated_on_data_of_its_own(trained: Path) -> None:
+    before, after = values(trained, "text-streamed", "eval")
+    assert after < before
+    # The run is over, so its tokens are gone.
+    assert not list((trained / "text-streamed" / "run" / "tokens").rglob("*.arrow"))
 
 
 def test_bf16_follows_fp32(trained: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from dsft_trainer.errors import TrainerError, failure_of
+from dsft_trainer.runtime import Place
 
 T = TypeVar("T")
 
@@ -78,6 +79,13 @@ def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) ->
     if failures:
         raise failed or failures[0]
     return result  # type: ignore[return-value]
+
+
+def once_per_node(place: Place, action: Callable[[], T]) -> T:
+    """Run an action on each node's first rank; its result, such as a path on the node, on all ranks there."""
+    results = gather(together(lambda: action() if place.is_first_on_node else None))
+    # Local ranks follow their first one, so the nearest earlier rank that did the work shares this node.
+    return next(result for result in reversed(results[: place.rank + 1]) if result is not None)
 
 
 def on_first(is_first: bool, action: Callable[[], T]) -> T:

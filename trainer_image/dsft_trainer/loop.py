@@ -5,7 +5,7 @@ samples consumed, a function of the step alone, so resuming is starting at anoth
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +20,7 @@ from dsft_trainer.checkpoint.saver import Saver
 from dsft_trainer.data.collate import Collator
 from dsft_trainer.data.indexed import IndexedDataset
 from dsft_trainer.data.sampler import GlobalBatches, split
+from dsft_trainer.data.sharded import ShardedDataset
 from dsft_trainer.engine import Engine, StepInfo
 from dsft_trainer.errors import TrainerError
 from dsft_trainer.evaluate import Evaluator
@@ -52,7 +53,9 @@ class Trainer:
     """Everything that the loop works with; `run` is the loop."""
 
     engine: Engine
-    dataset: IndexedDataset
+    dataset: IndexedDataset | ShardedDataset
+    want: Callable[[Sequence[int]], None] | None
+    """Has shards of the data set fetched ahead, if it is in shards."""
     batches: GlobalBatches
     collator: Collator
     evaluator: Evaluator | None
@@ -124,6 +127,8 @@ class Trainer:
 
     def _train_step(self, step: int) -> tuple[bool, bool]:
         """One optimizer step; whether any rank was asked to stop, and whether a checkpoint was asked for."""
+        if self.want is not None:
+            self.want(self.batches.shards_ahead(step - 1))
         indices = self.batches.batch(step - 1)
         weight = int(self.dataset.weights[indices].sum())
         micro_steps = split(indices, self.place.rank, self.place.world_size, self.micro_batch_size)

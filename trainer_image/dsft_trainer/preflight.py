@@ -7,8 +7,10 @@ from dsft_api.batch import BatchError, plan_batch
 from dsft_api.conditions import FailureClass
 from dsft_api.job import Job
 from dsft_trainer.checkpoint.store import check_writable, store_of
-from dsft_trainer.data.formats import eval_source
-from dsft_trainer.data.prepare import global_batches, load, parts_of
+from dsft_trainer.data.checks import check_rows
+from dsft_trainer.data.first_rows import first_rows
+from dsft_trainer.data.formats import check_format, eval_source
+from dsft_trainer.data.prepare import global_batches, load, load_eval, parts_of
 from dsft_trainer.data.sources import check_model_files, fetch, s3_objects
 from dsft_trainer.errors import TrainerError
 from dsft_trainer.program import check_modules
@@ -83,10 +85,24 @@ def _check_chat_template(job: Job, folder: Path) -> None:
         )
 
 
+def _check_first_rows(job: Job, cache: Path) -> None:
+    work = job.spec.workload()
+    for field, source in work.data.sources():
+        check_format(source, work.model.task, work.data, field)
+        rows = first_rows(source, storage=job.spec.storage, cache=cache, field=field)
+        if rows is not None:
+            check_rows(rows, source, work.model.task, work.model.num_labels, field)
+    load_eval(job, cache)
+
+
 def _check_data(job: Job, cache: Path) -> None:
     """Local files only: what must be downloaded is read once, by the ranks."""
     work = job.spec.workload()
     sources = [*(source for _, source in work.data.sources()), *filter(None, [eval_source(work.data)])]
     if any(source.uri.startswith(REMOTE) for source in sources):
+        return
+    if work.data.streaming:
+        # Reading all rows is what streaming is to spare.
+        _check_first_rows(job, cache)
         return
     global_batches(work, [part.table.num_rows for part in parts_of("train", load(job, cache))])

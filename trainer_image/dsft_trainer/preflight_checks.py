@@ -173,7 +173,8 @@ def _read(look: Look, name: str, source: DatasetSource, field: str) -> None:
         return
     check_rows(table, source, work.model.task, work.model.num_labels, field)
     look.rows[name] = Rows(table, source, field)
-    look.to_fetch[f"data.{name}"] = bytes_of(source, where)
+    is_streamed = work.data.streaming and field != EVAL_FIELD
+    look.to_fetch[f"data.{name}"] = bytes_of(source, where, streaming=is_streamed)
 
 
 def sample(look: Look) -> None:

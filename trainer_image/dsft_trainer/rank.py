@@ -35,11 +35,11 @@ from dsft_trainer.checkpoint.restore import Restorer
 from dsft_trainer.checkpoint.saver import Cadence, Saver, seconds_between_failures
 from dsft_trainer.checkpoint.store import Store, open_store, store_of
 from dsft_trainer.data.collate import Collator
-from dsft_trainer.data.prepare import Prepared, open_prepared, tokenize_here, write_tokens
+from dsft_trainer.data.prepare import Prepared
 from dsft_trainer.data.sampler import GlobalBatches
+from dsft_trainer.data.sharded import ShardedDataset
 from dsft_trainer.data.sources import fetch
-from dsft_trainer.data.token_cache import TokenCache, discard, key_of
-from dsft_trainer.data.tokens import set_chat_template
+from dsft_trainer.data.token_cache import discard
 from dsft_trainer.engine import Engine, deepspeed_config, start_engine
 from dsft_trainer.errors import TrainerError, failure_of
 from dsft_trainer.evaluate import Evaluator
@@ -52,6 +52,7 @@ from dsft_trainer.metrics import MetricsLog
 from dsft_trainer.model import check_length, load_model, load_tokenizer
 from dsft_trainer.model_checks import check_model
 from dsft_trainer.progress import Pace, Reporter, SilentReporter
+from dsft_trainer.run_data import prepare_data
 from dsft_trainer.runtime import Outcome, Runtime
 from dsft_trainer.samples import SampleWriter
 from dsft_trainer.scratch import node_scratch
@@ -127,12 +128,14 @@ class _Attempt:
         checkpointer = self._begin()
         self.reporter.update(phase=TrainerPhase.LOADING, message="loading model and data")
         model, storage, cache = self.work.model, self.spec.storage, self.scratch / "model"
-        folder = self._once_per_node(
-            lambda: fetch(model.uri, storage=storage, cache=cache, revision=model.revision, kind="model")
-        )
+        with self.watchdog.patient():
+            folder = collectives.once_per_node(
+                self.place,
+                lambda: fetch(model.uri, storage=storage, cache=cache, revision=model.revision, kind="model"),
+            )
         self.beat()
         tokenizer = load_tokenizer(folder, trust_remote_code=self.work.model.trust_remote_code)
-        data = self._data(folder, tokenizer)
+        data = prepare_data(self.job, self.runtime, self.store, self.scratch, folder, tokenizer, self.watchdog)
         self.beat()
         batches = data.batches(self.work)
         schedule = self._schedule(batches, has_eval=data.eval is not None)
@@ -156,6 +159,8 @@ class _Attempt:
         finally:
             # Also when it failed: a save that is on its way may still count, and the last lines are those that explain.
             checkpointer.close(self.spec.checkpoint.drain_seconds)
+            if isinstance(data.train, ShardedDataset):
+                data.train.close()
             if metrics is not None:
                 metrics.close(outcome)
         if outcome is Outcome.INTERRUPTED:
@@ -214,26 +219,6 @@ class _Attempt:
             return open_store(uri, endpoint_url=storage.endpoint_url, region=storage.region)
 
         return lambda: open_origin(pin, weights_only=start is not None and start.mode == "weights", open_=open_)
-
-    def _once_per_node(self, action: Callable[[], Path]) -> Path:
-        """Run an action that may take hours on each node's first rank; the other ranks get the same path afterwards."""
-        with self.watchdog.patient():
-            path = collectives.together(lambda: action() if self.place.is_first_on_node else None)
-        # Local ranks follow their first one, so the nearest earlier rank that did the work shares this node.
-        paths = collectives.gather(path)
-        return next(p for p in reversed(paths[: self.place.rank + 1]) if p is not None)
-
-    def _data(self, model: Path, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-        cache = self.scratch / f"template-{self.place.rank}"
-        collectives.together(lambda: set_chat_template(tokenizer, self.job, cache))
-        folder = self.scratch / "data"
-
-        def tokens() -> Path:
-            tables = self.runtime.tokenized()
-            return write_tokens(self.job, tables, folder) if tables else tokenize_here(self.job, tokenizer, folder)
-
-        kept = TokenCache(self.store, key_of(self.job, model, tokenizer))
-        return open_prepared(self._once_per_node(lambda: kept.tokens(folder, tokens, keeps=self.place.is_first)))
 
     def _schedule(self, batches: GlobalBatches, *, has_eval: bool) -> Schedule:
         per_epoch = batches.steps_per_epoch
@@ -332,6 +317,7 @@ class _Attempt:
         return Trainer(
             engine=engine,
             dataset=data.train,
+            want=data.train.want if isinstance(data.train, ShardedDataset) else None,
             batches=batches,
             collator=collator,
             evaluator=evaluator,

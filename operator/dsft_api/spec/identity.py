@@ -177,6 +177,12 @@ class DataSpec(ApiModel):
         description="Draw rows of like length into one global batch, so that less of it is padding. Each row still comes once "
         "per epoch, and which batch comes when is still random. Not with packing, which leaves nothing to pad.",
     )
+    streaming: bool = Field(
+        default=False,
+        description="For data that is larger than a node's disk or memory: files are tokenised one at a time into shards in the "
+        "run's folder, and a node holds only some of these. Rows are shuffled within windows of shards. JSON lines, CSV or "
+        "Parquet at s3:// or file://, and evaluation data of its own.",
+    )
     loader: Literal["torch", "ray-data"] = Field(
         default="torch",
         description="Who tokenises: one process per node (torch), or Ray Data in parallel (ray-data). Same order.",

@@ -84,6 +84,26 @@ CONTRADICTIONS = [
     ({"spec.data.lossOn": "completion"}, "spec.data.lossOn", "fit format messages", "assistant or all"),
     ({**PAIR, "spec.data.lossOn": "all"}, "spec.data.lossOn", "does not fit format pair", "remove it"),
     ({**PAIR, "spec.data.packing": True}, "spec.data.packing", "does not fit task sequence-cl", "remove it"),
+    *(
+        (
+            {
+                "spec.data.streaming": True,
+                "spec.data.train.uri": "s3://rows/chat",
+                **NO_EVAL,
+                f"spec.data.{name}": value,
+            },
+            f"spec.data.{name}",
+            "does not go together with spec.data.streaming",
+            f"remove {name}, or streaming",
+        )
+        for name, value in {"evalFraction": 0.1, "groupByLength": True, "loader": "ray-data"}.items()
+    ),
+    (
+        {"spec.data.streaming": True, "spec.data.train.uri": "hf://org/rows"},
+        "spec.data.train.uri",
+        "cannot be streamed",
+        "JSON lines, CSV or Parquet",
+    ),
     (
         {**PAIR, "spec.evaluation.samples": {}},
         "spec.evaluation.samples",

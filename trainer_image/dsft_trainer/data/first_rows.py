@@ -37,9 +37,13 @@ def first_rows(source: DatasetSource, *, storage: StorageSpec, cache: Path, fiel
     return _beginning(store, first, cache, columns_of(source, field)) if first is not None else None
 
 
-def bytes_of(source: DatasetSource, storage: StorageSpec) -> int:
-    """What the ranks of a node fetch of a data set on S3; 0 where they read it in place, or the Hub's library keeps it."""
-    return sum(entry.size for entry in _files(source, storage)[1]) if source.uri.startswith("s3://") else 0
+def bytes_of(source: DatasetSource, storage: StorageSpec, *, streaming: bool) -> int:
+    """What the ranks of a node fetch of a data set on S3; 0 where they read it in place, or the Hub's library keeps it.
+
+    Of data that is streamed, its largest file.
+    """
+    sizes = [entry.size for entry in _files(source, storage)[1]] if source.uri.startswith("s3://") else []
+    return max(sizes, default=0) if streaming else sum(sizes)
 
 
 def _files(source: DatasetSource, storage: StorageSpec) -> tuple[Store, list[Entry]]:

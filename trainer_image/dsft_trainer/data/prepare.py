@@ -4,7 +4,7 @@ One rank per node tokenises (or takes what Ray Data tokenised); the order of row
 sampler's indices mean the same everywhere.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -18,6 +18,7 @@ from dsft_trainer.data.checks import check_rows
 from dsft_trainer.data.formats import EVAL_FIELD, check_format, eval_source
 from dsft_trainer.data.indexed import IndexedDataset, open_indexed, write_indexed
 from dsft_trainer.data.sampler import GlobalBatches, Member, split_eval
+from dsft_trainer.data.sharded import ShardedDataset
 from dsft_trainer.data.sources import load_rows
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from dsft_trainer.data.tokens import Encoder
 
 T = TypeVar("T")
+
+TRAIN_FILE = "train.arrow"
+EVAL_FILE = "eval.arrow"
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Rows:
 class Prepared:
     """The tokenised data of a run."""
 
-    train: IndexedDataset
+    train: IndexedDataset | ShardedDataset
     eval: IndexedDataset | None
 
     @property
@@ -51,6 +55,9 @@ class Prepared:
 
     def batches(self, work: Workload) -> GlobalBatches:
         """The training data in global batches; raises what `global_batches` does."""
+        if isinstance(self.train, ShardedDataset):
+            order = self.train.order
+            return replace(global_batches(work, [order.n]), shards=order)
         batches = global_batches(work, self.train.parts)
         return replace(batches, lengths=self.train.lengths) if work.data.group_by_length else batches
 
@@ -72,18 +79,10 @@ def load(job: Job, cache: Path) -> dict[str, Rows]:
 
     Needs neither torch nor transformers: the driver does it before anything is started.
     """
-    spec, work = job.spec, job.spec.workload()
-
-    def read(source: DatasetSource, field: str) -> Rows:
-        check_format(source, work.model.task, work.data, field)
-        table = load_rows(source, storage=spec.storage, cache=cache, field=field)
-        check_rows(table, source, work.model.task, work.model.num_labels, field)
-        return Rows(table, source, field)
-
-    parts = [read(source, field) for field, source in work.data.sources()]
-    held_out = eval_source(work.data)
-    if held_out is not None:
-        return {**numbered("train", parts), "eval": read(held_out, EVAL_FIELD)}
+    work = job.spec.workload()
+    parts = [_read(job, source, cache, field) for field, source in work.data.sources()]
+    if work.data.eval is not None:
+        return numbered("train", parts) | load_eval(job, cache)
     if work.data.eval_fraction is not None:
         halves = [split_eval(part.table, work.data.eval_fraction, work.training.seed, part.field) for part in parts]
         kept, evaluated = (
@@ -92,6 +91,20 @@ def load(job: Job, cache: Path) -> dict[str, Rows]:
         )
         return numbered("train", kept) | numbered("eval", evaluated)
     return numbered("train", parts)
+
+
+def load_eval(job: Job, cache: Path) -> dict[str, Rows]:
+    """`eval` alone, as `load` gives it; nothing if it has no source of its own."""
+    source = eval_source(job.spec.workload().data)
+    return {"eval": _read(job, source, cache, EVAL_FIELD)} if source is not None else {}
+
+
+def _read(job: Job, source: DatasetSource, cache: Path, field: str) -> Rows:
+    work = job.spec.workload()
+    check_format(source, work.model.task, work.data, field)
+    table = load_rows(source, storage=job.spec.storage, cache=cache, field=field)
+    check_rows(table, source, work.model.task, work.model.num_labels, field)
+    return Rows(table, source, field)
 
 
 def numbered(kind: str, parts: Sequence[T]) -> dict[str, T]:
@@ -119,20 +132,23 @@ def write_tokens(job: Job, tables: Mapping[str, pa.Table], folder: Path) -> Path
     data = job.spec.workload().data
     folder.mkdir(parents=True, exist_ok=True)
     train = parts_of("train", tables)
-    # Each by itself, so that a sequence is of one member of a mixture.
-    write_indexed([pack(table, data.max_length) for table in train] if data.packing else train, folder / "train.arrow")
+    if train:
+        # Each by itself, so that a sequence is of one member of a mixture.
+        write_indexed([pack(table, data.max_length) for table in train] if data.packing else train, folder / TRAIN_FILE)
     if held_out := parts_of("eval", tables):
-        write_indexed(held_out, folder / "eval.arrow")
+        write_indexed(held_out, folder / EVAL_FILE)
     return folder
 
 
 def open_prepared(folder: Path) -> Prepared:
     """Map what `write_tokens` wrote."""
-    held_out = folder / "eval.arrow"
-    return Prepared(open_indexed(folder / "train.arrow"), open_indexed(held_out) if held_out.exists() else None)
+    held_out = folder / EVAL_FILE
+    return Prepared(open_indexed(folder / TRAIN_FILE), open_indexed(held_out) if held_out.exists() else None)
 
 
-def tokenize_here(job: Job, tokenizer: "PreTrainedTokenizerBase", folder: Path) -> Path:
+def tokenize_here(
+    job: Job, tokenizer: "PreTrainedTokenizerBase", folder: Path, load: Callable[[Job, Path], dict[str, Rows]] = load
+) -> Path:
     """Loader torch: read and tokenise in this process."""
     from dsft_trainer.data.tokens import tokenize
 

@@ -7,8 +7,9 @@ since Arrow's reader turns strings that look like dates into timestamps and name
 import bisect
 import codecs
 import difflib
+import itertools
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def read_path(path: Path, columns: Sequence[Column]) -> pa.Table:
     Raises:
         TrainerError: DataInvalid, naming the file, the line or column, and what to change.
     """
-    files = _data_files(path) if path.is_dir() else [path]
+    files = data_files(path) if path.is_dir() else [path]
     tables = [_read_file(file, columns) for file in files]
     try:
         return pa.concat_tables(tables, promote_options="permissive")
@@ -66,6 +67,29 @@ def read_saved(folder: Path, split: str | None, columns: Sequence[Column], field
     return pick(table, columns, folder)
 
 
+def read_pieces(path: Path, columns: Sequence[Column], rows: int) -> Iterator[pa.Table]:
+    """Read one data file some rows at a time: about `rows` of them, in their order. Nothing of an empty file.
+
+    Raises:
+        TrainerError: as `read_path`.
+    """
+    names = [column.source_name for column in columns]
+    try:
+        if path.suffix in JSON_SUFFIXES:
+            pieces = _json_tables(path, columns, rows)
+        elif path.suffix == ".csv":
+            pieces = (pick(pa.table(batch), columns, path) for batch in _open_csv(path, columns))
+        elif path.suffix == ".parquet":
+            require(parquet.read_schema(path).names, columns, path)
+            batches = parquet.ParquetFile(path).iter_batches(rows, columns=names)
+            pieces = (pick(pa.table(batch), columns, path) for batch in batches)
+        else:
+            raise _unknown_suffix(path)
+        yield from (piece for piece in pieces if piece.num_rows)
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(path, error, "correct the file") from error
+
+
 def is_saved(folder: Path) -> bool:
     """Whether `datasets.save_to_disk` wrote this folder."""
     return (folder / SAVED_SPLIT).is_file() or (folder / SAVED_SPLITS).is_file()
@@ -81,23 +105,30 @@ def pick(table: pa.Table, columns: Sequence[Column], where: Path | str) -> pa.Ta
     return table.select([column.source_name for column in columns]).rename_columns([column.name for column in columns])
 
 
-def _data_files(folder: Path) -> list[Path]:
-    files = sorted(
-        (file for file in folder.iterdir() if file.suffix in SUFFIXES and not file.name.startswith((".", "_"))),
-        key=lambda file: file.name,
-    )
-    if not files:
-        raise _invalid(f"{folder} holds no data files", f"put {', '.join(SUFFIXES)} files there")
-    kinds = sorted({file.suffix for file in files})
+def data_files(folder: Path) -> list[Path]:
+    """The data files of a folder, as `data_names` picks them."""
+    return [folder / name for name in data_names((file.name for file in folder.iterdir()), folder)]
+
+
+def data_names(names: Iterable[str], where: Path | str) -> list[str]:
+    """Those of the names in a folder that name data files, sorted.
+
+    Raises:
+        TrainerError: DataInvalid if there are none, or of several kinds.
+    """
+    picked = sorted(name for name in names if Path(name).suffix in SUFFIXES and not name.startswith((".", "_")))
+    if not picked:
+        raise _invalid(f"{where} holds no data files", f"put {', '.join(SUFFIXES)} files there")
+    kinds = sorted({Path(name).suffix for name in picked})
     if len(kinds) > 1:
-        raise _invalid(f"{folder} mixes {' and '.join(kinds)} files", "keep one kind, or name one file")
-    return files
+        raise _invalid(f"{where} mixes {' and '.join(kinds)} files", "keep one kind, or name one file")
+    return picked
 
 
 def _read_file(path: Path, columns: Sequence[Column]) -> pa.Table:
     try:
         if path.suffix in JSON_SUFFIXES:
-            return _read_json_lines(path, columns)
+            return _json_table(path, columns, _json_rows(path))
         if path.suffix == ".csv":
             return _read_csv(path, columns)
         if path.suffix == ".parquet":
@@ -105,31 +136,44 @@ def _read_file(path: Path, columns: Sequence[Column]) -> pa.Table:
             return pick(parquet.read_table(path, columns=[column.source_name for column in columns]), columns, path)
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(path, error, "correct the file") from error
-    raise _invalid(
+    raise _unknown_suffix(path)
+
+
+def _unknown_suffix(path: Path) -> TrainerError:
+    return _invalid(
         f"{path} ends in {path.suffix or 'no extension'}, which names no data format", f"use {', '.join(SUFFIXES)}"
     )
 
 
 def _read_csv(path: Path, columns: Sequence[Column]) -> pa.Table:
+    return pick(_open_csv(path, columns).read_all(), columns, path)
+
+
+def _open_csv(path: Path, columns: Sequence[Column]) -> csv.CSVStreamingReader:
     for column in columns:
         if column.kind == "messages":
             raise _invalid(f"{path}: CSV cannot hold messages", "write them as JSON lines or Parquet")
     # Types are given, never guessed: a text column of digits is text. One thread, so that errors name the row.
     types = {column.source_name: pa.int64() if column.kind == "label" else pa.string() for column in columns}
-    table = csv.read_csv(
+    return csv.open_csv(
         path,
         read_options=csv.ReadOptions(use_threads=False),
         parse_options=csv.ParseOptions(newlines_in_values=True),
         convert_options=csv.ConvertOptions(column_types=types, strings_can_be_null=False),
     )
-    return pick(table, columns, path)
 
 
-def _read_json_lines(path: Path, columns: Sequence[Column]) -> pa.Table:
+def _json_tables(path: Path, columns: Sequence[Column], rows: int) -> Iterator[pa.Table]:
+    lines = _json_rows(path)
+    while piece := list(itertools.islice(lines, rows)):
+        yield _json_table(path, columns, piece)
+
+
+def _json_table(path: Path, columns: Sequence[Column], rows: Iterable[tuple[int, dict[str, Any]]]) -> pa.Table:
     lines: list[int] = []
     values: dict[str, list[Any]] = {column.source_name: [] for column in columns}
     present: dict[str, None] = {}
-    for number, row in _json_rows(path):
+    for number, row in rows:
         lines.append(number)
         present.update(dict.fromkeys(row))
         for name, cells in values.items():

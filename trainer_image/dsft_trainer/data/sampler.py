@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from dsft_api.conditions import FailureClass
 from dsft_trainer.data.formats import TRAIN_FIELD
+from dsft_trainer.data.shard_order import ShardOrder
+from dsft_trainer.data.shuffle import shuffled
 from dsft_trainer.errors import TrainerError
 
 Indices = NDArray[np.int64]
@@ -42,16 +44,9 @@ class Member:
 @functools.lru_cache(maxsize=4)
 def permutation(seed: int, epoch: int, n: int) -> Indices:
     """A permutation of range(n), read-only; another one for each epoch."""
-    order = _shuffled((seed, epoch), n)
+    order = shuffled((seed, epoch), n)
     order.flags.writeable = False
     return order
-
-
-def _shuffled(key: tuple[int, ...], n: int) -> Indices:
-    # numpy keeps the raw words of a bit generator stable over versions, but not `Generator.permutation` (NEP 19), and a
-    # resumed run may meet another numpy.
-    words = np.random.Philox(np.random.SeedSequence(key)).random_raw(n)
-    return np.argsort(words, kind="stable")
 
 
 def quotas(members: Sequence[Member]) -> list[int]:
@@ -73,14 +68,14 @@ def mixed(seed: int, epoch: int, members: tuple[Member, ...]) -> Indices:
     epoch to epoch: no row of a member comes again before all others of it have come.
     """
     counts = quotas(members)
-    turns = np.repeat(np.arange(len(members)), counts)[_shuffled((seed, _MIXTURE, epoch), sum(counts))]
+    turns = np.repeat(np.arange(len(members)), counts)[shuffled((seed, _MIXTURE, epoch), sum(counts))]
     order = np.empty(len(turns), dtype=np.int64)
     first = 0
     for number, (member, count) in enumerate(zip(members, counts, strict=True)):
         passes, places = np.divmod(np.arange(epoch * count, (epoch + 1) * count), member.rows)
         of_passes = np.split(places, np.flatnonzero(np.diff(passes)) + 1)
         drawn = [
-            _shuffled((seed, _MIXTURE, int(p), number), member.rows)[places]
+            shuffled((seed, _MIXTURE, int(p), number), member.rows)[places]
             for p, places in zip(np.unique(passes), of_passes, strict=True)
         ]
         order[turns == number] = first + np.concatenate(drawn)
@@ -100,7 +95,7 @@ def grouped(order: Indices, lengths: Indices, batch_size: int, key: tuple[int, .
     batches = np.concatenate(
         [
             rows[np.argsort(-lengths[rows], kind="stable")].reshape(-1, batch_size)[
-                _shuffled((*key, _GROUPS, number), len(rows) // batch_size)
+                shuffled((*key, _GROUPS, number), len(rows) // batch_size)
             ]
             for number, rows in enumerate(windows)
         ]
@@ -115,7 +110,8 @@ class GlobalBatches:
     """The global batch of every optimizer step. The last, incomplete batch of an epoch is dropped.
 
     `step` samples consumed are `step * global_batch_size`. `members`: the parts of the rows, if they are a mixture. `unit`: what
-    a row is called in errors. `lengths`: tokens of each row, if those of like length are to be in one batch.
+    a row is called in errors. `lengths`: tokens of each row, if those of like length are to be in one batch. `shards`: the order,
+    if the rows are in shards; then neither of the two.
 
     Raises:
         TrainerError: DataInvalid if there are fewer rows than one batch needs, or none for a member of the mixture.
@@ -127,6 +123,7 @@ class GlobalBatches:
     members: tuple[Member, ...] = ()
     unit: str = "rows"
     lengths: Indices | None = field(default=None, compare=False, repr=False)
+    shards: ShardOrder | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for index, count in enumerate(quotas(self.members)):
@@ -152,9 +149,18 @@ class GlobalBatches:
 
     def batch(self, step: int) -> Indices:
         """The `global_batch_size` row indices of optimizer step `step`, counted from 0."""
+        epoch, start, stop = self._place(step)
+        return self.shards.rows_at(epoch, start, stop) if self.shards else self._order(epoch)[start:stop]
+
+    def shards_ahead(self, step: int) -> list[int]:
+        """The shards that the batches of this step and of many after it are in; none where rows are not in shards."""
+        return self.shards.shards_at(*self._place(step)) if self.shards else []
+
+    def _place(self, step: int) -> tuple[int, int, int]:
+        """(epoch, where in it the step's batch begins, where it ends)."""
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.global_batch_size
-        return self._order(epoch)[start : start + self.global_batch_size]
+        return epoch, start, start + self.global_batch_size
 
     @cached_property
     def _order(self) -> Callable[[int], Indices]:
@@ -210,5 +216,5 @@ def split_eval(table: pa.Table, fraction: float, seed: int, field: str = TRAIN_F
             "add rows, or give spec.data.eval instead",
         )
     is_held_out = np.zeros(rows, dtype=bool)
-    is_held_out[_shuffled((seed, _HOLD_OUT, rows), rows)[:held_out]] = True
+    is_held_out[shuffled((seed, _HOLD_OUT, rows), rows)[:held_out]] = True
     return table.filter(pa.array(~is_held_out)), table.filter(pa.array(is_held_out))

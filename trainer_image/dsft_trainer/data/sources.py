@@ -101,19 +101,24 @@ def load_rows(source: DatasetSource, *, storage: StorageSpec, cache: Path, field
     if source.uri.startswith("hf://"):
         table = _load_hub(source, columns)
     else:
-        _refuse_unused(source, "subset", field)
+        refuse_unused(source, "subset", field)
         path = fetch(source.uri, storage=storage, cache=cache, kind="dataset", revision=source.revision)
         if path.is_dir() and readers.is_saved(path):
             table = readers.read_saved(path, source.split, columns, field)
         else:
-            _refuse_unused(source, "split", field)
+            refuse_unused(source, "split", field)
             table = readers.read_path(path, columns)
     if table.num_rows == 0:
         raise TrainerError(FailureClass.DATA_INVALID, f"{source.uri} holds no rows", f"check {field}.uri")
     return table
 
 
-def _refuse_unused(source: DatasetSource, name: str, field: str) -> None:
+def refuse_unused(source: DatasetSource, name: str, field: str) -> None:
+    """Refuse `revision`, `subset` or `split` where the source has none.
+
+    Raises:
+        TrainerError: ConfigInvalid.
+    """
     value = getattr(source, name)
     if value is not None:
         raise TrainerError(
