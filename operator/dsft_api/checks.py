@@ -34,6 +34,7 @@ _BUILT_IN_ONLY = (
     "startFrom",
     "evaluation.everySteps",
     "evaluation.earlyStopping",
+    "evaluation.samples",
     "execution.microBatchSize",
     "execution.evalBatchSize",
     "execution.activationCheckpointing",
@@ -260,6 +261,17 @@ def optimisation_fits(spec: FineTuneSpec) -> Iterator[Problem]:
         yield Problem("spec.training.precision", "is for GPUs only", "use bf16 or fp32 on device cpu", "fp16")
 
 
+def flash_attention_fits(spec: FineTuneSpec) -> Iterator[Problem]:
+    """Its kernels are for GPUs, and know two precisions."""
+    if spec.training is None or spec.execution.attention != "flash_attention_2":
+        return
+    field = "spec.execution.attention"
+    if spec.execution.device == "cpu":
+        yield Problem(field, "is for GPUs only", "use sdpa or eager on device cpu", spec.execution.attention)
+    if spec.training.precision == "fp32":
+        yield Problem(field, "needs bf16 or fp16", "use sdpa or eager with fp32", spec.execution.attention)
+
+
 def merge_needs_adapters(spec: FineTuneSpec) -> Iterator[Problem]:
     """Only adapters can be exported unmerged."""
     if spec.export.merge_lora or spec.training is None:
@@ -372,6 +384,7 @@ RULES: tuple[Callable[[FineTuneSpec], Iterator[Problem]], ...] = (
     push_needs_an_export,
     metric_fits_task,
     optimisation_fits,
+    flash_attention_fits,
     merge_needs_adapters,
     batch_fits_pools,
     program_has_its_own_settings,

@@ -32,7 +32,6 @@ NOT_BUILT = (
     NotBuilt(
         "data.chatTemplate.configMapRef", "templates from ConfigMaps are not built yet; use template or fromModel"
     ),
-    NotBuilt("execution.attention", "flash_attention_2 is not built yet", ("sdpa", "eager")),
     NotBuilt("deepspeed.offload.optimizer", "offload to host memory is not built yet", ("none",)),
     NotBuilt("deepspeed.offload.params", "offload to host memory is not built yet", ("none",)),
 )

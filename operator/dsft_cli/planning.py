@@ -145,7 +145,8 @@ def _read_sizes(
             work.model,
             folder,
             precision=work.training.precision,
-            attention=execution.attention,
+            # Its kernels are not here; what it keeps for the backward pass is what sdpa keeps.
+            attention="sdpa" if execution.attention == "flash_attention_2" else execution.attention,
             length=min(longest, work.data.max_length),
             lora=work.training.lora,
         )

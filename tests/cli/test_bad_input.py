@@ -205,6 +205,15 @@ IN_THE_INPUTS: dict[str, tuple[Spoil, ExitCode, tuple[str, ...]]] = {
         BAD,
         ("has 5 rows, fewer than spec.training.globalBatchSize 8", "lower globalBatchSize to 5 or less, or add rows"),
     ),
+    "flash attention, and no GPU here": (
+        lambda folder: {
+            "spec.execution.attention": "flash_attention_2",
+            "spec.execution.device": "auto",
+            "spec.training.precision": "bf16",
+        },
+        BAD,
+        ("spec.execution.attention", "flash_attention_2 runs on GPUs only", "sdpa or eager"),
+    ),
     "fp16, and no GPU here": (
         lambda folder: {"spec.training.precision": "fp16", "spec.execution.device": "auto"},
         BAD,

@@ -1,4 +1,6 @@
-"""Models are asked whether they keep packed rows apart, and those that do lose nothing by packing."""
+"""Models are asked whether they keep packed rows apart, and those that do lose nothing by packing; what is missing is refused."""
+
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -7,12 +9,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dsft_api.conditions import FailureClass
+from dsft_api.spec.identity import ModelSpec
 from dsft_trainer.data.collate import Batch, Collator
 from dsft_trainer.data.indexed import IndexedDataset, open_indexed, write_indexed
 from dsft_trainer.data.packing import pack
 from dsft_trainer.data.tokens import IGNORED
 from dsft_trainer.errors import TrainerError
 from dsft_trainer.losses import causal_nll
+from dsft_trainer.model import load_model
 from dsft_trainer.model_checks import check_kept_apart
 
 SMALL = {
@@ -130,3 +134,17 @@ def test_the_logits_of_a_row_do_not_depend_on_its_neighbours():
     alone = model(input_ids=row[None]).logits[0]
     assert torch.equal(*seen)
     assert torch.allclose(seen[0], alone, atol=1e-6)
+
+
+def test_flash_attention_without_its_package_is_refused(tmp_path: Path) -> None:
+    """What it computes needs a GPU to be seen."""
+    with pytest.raises(TrainerError, match=r"flash_attention_2 needs a GPU and the package flash-attn"):
+        load_model(
+            ModelSpec(uri="file:///m", task="causal-lm"),
+            tmp_path,
+            {},
+            precision="bf16",
+            attention="flash_attention_2",
+            activation_checkpointing=False,
+            pad_token_id=0,
+        )

@@ -82,7 +82,7 @@ def _save(job: Job, model: Any, weights: Mapping[str, torch.Tensor], folder: Pat
             work.model,
             base,
             precision=work.training.precision,
-            attention=job.spec.execution.attention,
+            attention=None,
             pad_token_id=pad_token_id,
         )
         save_merged(whole, adapter, folder, MAX_SHARD)

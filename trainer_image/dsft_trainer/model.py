@@ -118,6 +118,8 @@ def load_model(
     Raises:
         TrainerError: ModelDenied or ConfigInvalid if the folder does not hold such a model.
     """
+    if attention == "flash_attention_2":
+        _check_flash_attention()
     with _zero_init(config):
         model, missing = pretrained(spec, folder, precision=precision, attention=attention, pad_token_id=pad_token_id)
         model.config.use_cache = False
@@ -134,9 +136,11 @@ def load_model(
 
 
 def pretrained(
-    spec: ModelSpec, folder: Path, *, precision: str, attention: str, pad_token_id: int | None
+    spec: ModelSpec, folder: Path, *, precision: str, attention: str | None, pad_token_id: int | None
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model in a folder, with the head of its task, and the names of the parameters that the folder lacks.
+
+    No `attention` means whatever the model prefers, where it is not run.
 
     Raises:
         TrainerError: ModelDenied if there is no such model, ConfigInvalid if it is quantised.
@@ -165,6 +169,17 @@ def pretrained(
         # Decoder classifiers read the logits before the first padding: the pad token must be the one that pads here.
         model.config.pad_token_id = pad_token_id
     return model, sorted(loaded["missing_keys"])
+
+
+def _check_flash_attention() -> None:
+    from transformers.utils import is_flash_attn_2_available
+
+    if not is_flash_attn_2_available():
+        raise TrainerError(
+            FailureClass.CONFIG_INVALID,
+            "spec.execution.attention: flash_attention_2 needs a GPU and the package flash-attn, which is not here",
+            "add flash-attn to an image of your own, or use sdpa",
+        )
 
 
 def _check_whole_precision(spec: ModelSpec, folder: Path) -> None:

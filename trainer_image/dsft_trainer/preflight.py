@@ -56,6 +56,12 @@ def check_numbers(job: Job) -> None:
             "spec.training.precision: fp16 runs on GPUs only, and this run is on CPU",
             "write bf16 or fp32 instead",
         )
+    if spec.execution.attention == "flash_attention_2" and job.ranks.device == "cpu":
+        raise TrainerError(
+            FailureClass.CONFIG_INVALID,
+            "spec.execution.attention: flash_attention_2 runs on GPUs only, and this run is on CPU",
+            "write sdpa or eager instead",
+        )
 
 
 def _check_model(job: Job, cache: Path) -> None:

@@ -45,7 +45,9 @@ class ExecutionSpec(ApiModel):
         default=False, description="Recompute activations in the backward pass: less memory, about 30 % more time."
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        default="sdpa", description="Attention implementation of transformers."
+        default="sdpa",
+        description="Attention implementation of transformers. flash_attention_2 needs GPUs, bf16 or fp16, and an image with "
+        "the package flash-attn.",
     )
     loss_kernel: Literal["standard", "chunked"] = Field(
         default="standard",

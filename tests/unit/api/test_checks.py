@@ -83,6 +83,18 @@ CONTRADICTIONS = [
     ),
     ({"spec.data.lossOn": "completion"}, "spec.data.lossOn", "fit format messages", "assistant or all"),
     ({**PAIR, "spec.data.lossOn": "all"}, "spec.data.lossOn", "does not fit format pair", "remove it"),
+    (
+        {"spec.execution.attention": "flash_attention_2", "spec.execution.device": "cpu"},
+        "spec.execution.attention",
+        "is for GPUs only",
+        "use sdpa or eager",
+    ),
+    (
+        {"spec.execution.attention": "flash_attention_2", "spec.training.precision": "fp32"},
+        "spec.execution.attention",
+        "needs bf16 or fp16",
+        "use sdpa or eager with fp32",
+    ),
     ({**PAIR, "spec.data.packing": True}, "spec.data.packing", "does not fit task sequence-cl", "remove it"),
     *(
         (

@@ -15,7 +15,6 @@ NOT_YET = [
         {"spec.data.chatTemplate.configMapRef": {"name": "a", "key": "b"}},
         "spec.data.chatTemplate.configMapRef",
     ),
-    ({"spec.execution.attention": "flash_attention_2"}, "spec.execution.attention"),
     ({"spec.deepspeed.offload": {"optimizer": "cpu"}}, "spec.deepspeed.offload.optimizer"),
     ({"spec.deepspeed.offload": {"params": "cpu"}}, "spec.deepspeed.offload.params"),
 ]
