@@ -13,6 +13,8 @@ from dsft_api.status import Inputs, Time
 
 CONTRACT = 1
 JOB_ENV = "DSFT_JOB"
+CHAT_TEMPLATE_ENV = "DSFT_CHAT_TEMPLATE"
+"""What the key of `data.chatTemplate.configMapRef` holds: the pods get it from the ConfigMap, which the operator may not read."""
 SAVE_ENV = "DSFT_SAVE"
 """What `python -m dsft_trainer save` passes on: the value of annotation dsft.dev/checkpoint-request."""
 

@@ -29,9 +29,6 @@ class NotBuilt:
 
 
 NOT_BUILT = (
-    NotBuilt(
-        "data.chatTemplate.configMapRef", "templates from ConfigMaps are not built yet; use template or fromModel"
-    ),
     NotBuilt("deepspeed.offload.optimizer", "offload to host memory is not built yet", ("none",)),
     NotBuilt("deepspeed.offload.params", "offload to host memory is not built yet", ("none",)),
 )

@@ -237,6 +237,23 @@ def test_the_template_of_a_model_on_the_hub_has_its_pin(hub: dict[str, str], tem
     assert resolved(job, older).template_revision == "8" * 40
 
 
+def test_another_template_in_the_config_map_is_refused(hub: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    hub |= {"datasets/org/chats": "2" * 40}
+    job = job_on("hf://org/chats")
+    template = {"configMapRef": {"name": "templates", "key": "chatml"}}
+    data = {"train": {"uri": "hf://org/chats", "format": "messages"}, "chatTemplate": template}
+    job = job.model_copy(update={"spec": job.spec.model_copy(update={"data": DataSpec.model_validate(data)})})
+    with pytest.raises(TrainerError, match="there is no ConfigMap here"):
+        resolved(job)
+    monkeypatch.setenv("DSFT_CHAT_TEMPLATE", "{{ messages }}")
+    known = resolved(job)
+    assert known.template_digest is not None
+    assert resolved(job, known) == known
+    monkeypatch.setenv("DSFT_CHAT_TEMPLATE", "{{ messages[0] }}")
+    with pytest.raises(TrainerError, match="the chat template of ConfigMap templates is not what the run began with"):
+        pinned(job, known)
+
+
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.jinja"])
 @pytest.mark.parametrize("place", ["file", "s3"])
 def test_another_template_is_refused_by_both_digests(

@@ -118,6 +118,10 @@ def _references(spec: FineTuneSpec) -> Iterator[Asked]:
         yield Asked(("spec", "storage", "caBundle", "configMapName"), storage.ca_bundle.config_map_name, "config_maps")
     if storage.volume is not None:
         yield Asked(("spec", "storage", "volume", "claimName"), storage.volume.claim_name, "volume_claims")
+    template = spec.data.chat_template if spec.data is not None else None
+    if template is not None and template.config_map_ref is not None:
+        path = ("spec", "data", "chatTemplate", "configMapRef", "name")
+        yield Asked(path, template.config_map_ref.name, "config_maps")
     for index, secret in enumerate(spec.image.pull_secrets):
         yield Asked(("spec", "image", "pullSecrets", index, "name"), secret.name, "secrets")
     yield from _variables(("spec", "env"), spec.env)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from dsft_api.job import JOB_ENV
+from dsft_api.job import CHAT_TEMPLATE_ENV, JOB_ENV
 from dsft_api.problem import Path, Problem, field_name
 from dsft_api.quantity import quantity
 from dsft_api.spec import FineTuneSpec
@@ -308,6 +308,9 @@ def _system_environment(spec: FineTuneSpec) -> Iterator[Manifest]:
         yield {"name": "AWS_DEFAULT_REGION", "value": storage.region}
     if storage.ca_bundle:
         yield {"name": "AWS_CA_BUNDLE", "value": f"/etc/dsft/ca/{storage.ca_bundle.key}"}
+    template = spec.data.chat_template if spec.data else None
+    if template and (key := template.config_map_ref):
+        yield {"name": CHAT_TEMPLATE_ENV, "valueFrom": {"configMapKeyRef": {"name": key.name, "key": key.key}}}
     yield {"name": "DSFT_DRAIN_SECONDS", "value": str(spec.checkpoint.drain_seconds)}
     yield {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"}
     # The preStop has drained the run. Ray would wait again, 30 s, for a node that nobody uses any more.

@@ -225,6 +225,16 @@ def test_the_chat_template_comes_from_the_manifest_or_another_model(tmp_path):
         set_chat_template(tiny.tokenizer(), job_on({"fromModel": f"file://{tmp_path}/base"}), tmp_path)
 
 
+def test_the_chat_template_of_a_config_map_is_in_the_pods_environment(tmp_path, monkeypatch):
+    tokenizer, job = tiny.tokenizer(), job_on({"configMapRef": {"name": "templates", "key": "chatml"}})
+    with pytest.raises(TrainerError, match="there is no ConfigMap here") as caught:
+        set_chat_template(tokenizer, job, tmp_path)
+    assert caught.value.failure_class is FailureClass.CONFIG_INVALID
+    monkeypatch.setenv("DSFT_CHAT_TEMPLATE", tiny.CHATML)
+    set_chat_template(tokenizer, job, tmp_path)
+    assert tokenizer.chat_template == tiny.CHATML
+
+
 def test_a_template_on_the_hub_is_that_of_the_pinned_commit(tmp_path, monkeypatch):
     """Both commits are in the node's cache; the branch is at the newer one."""
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")

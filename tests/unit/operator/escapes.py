@@ -215,6 +215,17 @@ ESCAPES: dict[str, Escape] = {
     ),
     "pull secret": Escape({"image": {"pullSecrets": [{"name": "db"}]}}, "pulls what it may not read", _NOT_HERE),
     "ConfigMap by env": Escape({"envFrom": [{"configMapRef": {"name": "app"}}]}, "reads it in the pod", _NOT_HERE),
+    "ConfigMap as chat template": Escape(
+        {
+            "model": {"uri": "hf://org/model", "task": "causal-lm"},
+            "data": {
+                "train": {"uri": "s3://ml-runs/{namespace}/data", "format": "messages"},
+                "chatTemplate": {"configMapRef": {"name": "app", "key": "password"}},
+            },
+        },
+        "reads it in the pod",
+        _NOT_HERE,
+    ),
     "certificates": Escape(_storage(caBundle={"configMapName": "mine"}), "trusts a server that listens in", _NOT_HERE),
     "field of the pod": Escape(
         _env("X", valueFrom={"fieldRef": {"fieldPath": "spec.nodeName"}}), "reads what it may not", "exactly one"

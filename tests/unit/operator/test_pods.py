@@ -192,6 +192,15 @@ def test_storage_is_named_and_never_copied(template: Any) -> None:
 
 
 @BOTH
+def test_a_chat_template_comes_from_its_config_map(template: Any) -> None:
+    model, train = {"uri": "hf://org/chat", "task": "causal-lm"}, {"uri": "s3://bucket/chats", "format": "messages"}
+    key = {"name": "templates", "key": "chatml"}
+    pod = template({"model": model, "data": {"train": train, "chatTemplate": {"configMapRef": key}}})
+    assert environment(pod)["DSFT_CHAT_TEMPLATE"] == {"configMapKeyRef": key}
+    assert "DSFT_CHAT_TEMPLATE" not in environment(template({"model": model, "data": {"train": train}}))
+
+
+@BOTH
 def test_file_storage_is_a_claim_of_all_pods(template: Any) -> None:
     volume = {"claimName": "runs", "mountPath": "/runs"}
     pod = template({"storage": {"uri": "file:///runs", "volume": volume}})

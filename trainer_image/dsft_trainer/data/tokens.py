@@ -4,6 +4,7 @@ The result depends on the row and the tokenizer alone, so it is the same whoever
 row with nothing to train on is an error: it would take a place in a batch and teach nothing.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dsft_api.conditions import FailureClass
-from dsft_api.job import Job
+from dsft_api.job import CHAT_TEMPLATE_ENV, Job
 from dsft_api.spec.identity import DataFormat, DatasetSource, DataSpec
 from dsft_api.spec.placement import StorageSpec
 from dsft_trainer.data import chat, formats, sources
@@ -169,23 +170,35 @@ def set_chat_template(tokenizer: "PreTrainedTokenizerBase", job: Job, cache: Pat
     That of a model on the Hub is taken from the commit that `pins` found.
 
     Raises:
-        TrainerError: ModelDenied if the model that should carry it has none; ConfigInvalid for a ConfigMap, which the
-            operator puts into `template` before the trainer sees it.
+        TrainerError: ModelDenied if the model that should carry it has none; what `template_of_config_map` raises.
     """
     template = job.spec.workload().data.chat_template
     if template is None:
         return
     if template.config_map_ref is not None:
-        raise TrainerError(
-            FailureClass.CONFIG_INVALID,
-            "spec.data.chatTemplate.configMapRef needs a cluster",
-            "write the template into spec.data.chatTemplate.template",
-        )
+        tokenizer.chat_template = template_of_config_map()
+        return
     if template.template is not None:
         tokenizer.chat_template = template.template
         return
     revision = job.resolved.template_revision if job.resolved else None
     tokenizer.chat_template = _template_of(str(template.model_uri), revision, job.spec.storage, cache)
+
+
+def template_of_config_map() -> str:
+    """What the pod was given of `chatTemplate.configMapRef`.
+
+    Raises:
+        TrainerError: ConfigInvalid where there is nothing: outside a cluster, or of an empty key.
+    """
+    template = os.environ.get(CHAT_TEMPLATE_ENV)
+    if not template:
+        raise TrainerError(
+            FailureClass.CONFIG_INVALID,
+            "spec.data.chatTemplate.configMapRef: there is no ConfigMap here, or its key is empty",
+            "without a cluster, write the template into spec.data.chatTemplate.template",
+        )
+    return template
 
 
 def _template_of(uri: str, revision: str | None, storage: StorageSpec, cache: Path) -> str | dict[str, str]:
