@@ -9,6 +9,7 @@ UV := $(VENV)/bootstrap/bin/uv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 LOCKS := requirements/dev.txt requirements/demo.txt
 SOURCES := operator trainer_image tests
+TESTS := tests --ignore=tests/bench --ignore=tests/e2e
 
 ##@ Use
 
@@ -17,9 +18,13 @@ demo: venv ## Fine-tune a real model on real data here, export it and try it: th
 	$(BIN)/python -m dsft_demo
 
 .PHONY: test
-test: venv lint verify ## Check style, types, generated files, and run every test but the benches, the chaos and those on a cluster
+test: venv lint verify ## Check style, types, generated files, and run the tests: all but drills, benches, chaos, and those on a cluster
 	@# By file, since files share what takes long to make; two, since a start of ranks leaves one core idle.
-	$(BIN)/python -m pytest tests --ignore=tests/bench --ignore=tests/e2e --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest $(TESTS) --numprocesses 2 --dist loadfile -m "not drill"
+
+.PHONY: test-drills
+test-drills: venv ## Run the drills: each crash point of the operator, ten kills in a row, all programs, a real Kueue; an hour
+	$(BIN)/python -m pytest $(TESTS) --numprocesses 2 --dist loadfile -m drill
 
 .PHONY: cluster-up
 cluster-up: venv ## Start the disposable test cluster, as root; prints its kubeconfig

@@ -25,7 +25,8 @@ from tests.cluster.processes import Process
 from tests.cluster.scratch import scratch_folder
 from tests.unit.operator.situations import SPEC
 
-pytestmark = pytest.mark.timeout(180)
+# A drill, since Kueue has to be built for it.
+pytestmark = [pytest.mark.timeout(180), pytest.mark.drill]
 
 TEAM = {"queue": {"name": "team-a"}}
 GPU = "nvidia.com/gpu"

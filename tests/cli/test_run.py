@@ -281,6 +281,7 @@ def test_sigterm_does_what_ctrl_c_does(tmp_path: Path, manifest: dict[str, Any])
     assert run.commits[-1] == f"step-{max(run.values('train', 'loss')):08d}-a1.g1"
 
 
+@pytest.mark.drill
 def test_on_ray_too_ctrl_c_commits_and_torchrun_goes_on(tmp_path: Path, manifest: dict[str, Any]) -> None:
     dsft = Dsft(tmp_path)
     file = dsft.write(manifest)

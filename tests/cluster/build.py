@@ -33,7 +33,7 @@ class GoProgram:
     """A main package in a folder of ours, with a go.sum of its own; or the module's own `package`.
 
     `module` names the module and version that it is a thin wrapper of; its go.mod is made from that module's own. `requires`
-    has the versions of what main.go imports besides, and that module does not.
+    has the versions of what main.go imports besides, and that module does not, or that others share.
     """
 
     name: str
@@ -96,7 +96,9 @@ class GoProgram:
             if go_sum or source.name != "go.sum":
                 shutil.copy(source, folder)
         replaces = [f"replace {old} => {new}\n" for old, new in self.replaces.items()]
-        requires = [f"require {module} {version}\n" for module, version in self.requires.items()]
+        requires = [
+            f"require {module} {version}\n" for module, version in self.requires.items() if module != self.module
+        ]
         own = _go_mod(self.name, f"{self.module}@v{self.version}", folder)
         (folder / "go.mod").write_text("".join([own, *requires, *replaces]))
         return folder
@@ -167,6 +169,17 @@ COREDNS = GoProgram(
     minutes=1,
 )
 
+# All in the go.mod of each of these programs: it then has the same versions of what they share, and Go compiles that once.
+_TOOLS = {
+    "helm.sh/helm/v4": "v4.3.1",
+    "helm.sh/helm/v3": "v3.22.0",
+    "github.com/helm-unittest/helm-unittest": "v1.0.3",
+    "github.com/fluxcd/pkg/runtime": "v0.115.0",
+    "github.com/fluxcd/pkg/ssa": "v0.78.0",
+    "github.com/yuin/gopher-lua": "v1.1.2",
+    "layeh.com/gopher-json": "v0.0.0-20190114024228-97fed8db8427",
+}
+
 # What many still have.
 HELM_3 = GoProgram(
     name="helm3",
@@ -174,7 +187,8 @@ HELM_3 = GoProgram(
     sources=HERE / "helm3",
     module="helm.sh/helm/v3",
     package="helm.sh/helm/v3/cmd/helm",
-    minutes=2,
+    requires=_TOOLS,
+    minutes=1,
 )
 PROMTOOL = GoProgram(
     name="promtool",
@@ -193,6 +207,7 @@ HELM_UNITTEST = GoProgram(
     module="github.com/helm-unittest/helm-unittest",
     package="github.com/helm-unittest/helm-unittest/cmd/helm-unittest",
     minutes=1,
+    requires=_TOOLS,
     replaces={"github.com/vmware-labs/yaml-jsonpath": "github.com/helm-unittest/yaml-jsonpath v0.4.0"},
 )
 KUEUE = GoProgram(
@@ -209,6 +224,7 @@ HELM = GoProgram(
     version="4.3.1",
     sources=HERE / "helm",
     module="helm.sh/helm/v4",
+    requires=_TOOLS,
     minutes=2,
 )
 # What Argo CD's interpreter, kstatus and Flux's evaluator make of a resource, and how Flux applies one.
@@ -217,12 +233,8 @@ GITOPS = GoProgram(
     version="0.115.0",
     sources=HERE / "gitops",
     module="github.com/fluxcd/pkg/runtime",
-    minutes=2,
-    requires={
-        "github.com/fluxcd/pkg/ssa": "v0.78.0",
-        "github.com/yuin/gopher-lua": "v1.1.2",
-        "layeh.com/gopher-json": "v0.0.0-20190114024228-97fed8db8427",
-    },
+    minutes=1,
+    requires=_TOOLS,
 )
 
 

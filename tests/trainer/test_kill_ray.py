@@ -35,11 +35,13 @@ def reference(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> R
     return never_killed(manifest, tmp_path_factory.mktemp("reference") / "run")
 
 
+@pytest.mark.drill
 def test_killed_twice_with_files(manifest: Manifest, reference: Run, tmp_path: Path) -> None:
     killer = killer_of(manifest, tmp_path / "run", "ray", "file")
     kill_and_compare(killer, reference, finisher="ray", kills=2)
 
 
+@pytest.mark.drill
 def test_killed_with_s3_and_finished_by_torchrun(
     manifest: Manifest, reference: Run, tmp_path: Path, s3_uri: str
 ) -> None:

@@ -29,11 +29,13 @@ def reference(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> R
     return never_killed(manifest, tmp_path_factory.mktemp("reference") / "run")
 
 
-def test_killed_ten_times_with_files(manifest: Manifest, reference: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.drill)])
+def test_killed_with_files(manifest: Manifest, reference: Run, tmp_path: Path, kills: int) -> None:
     killer = killer_of(manifest, tmp_path / "run", "torchrun", "file")
-    kill_and_compare(killer, reference, finisher="torchrun", kills=10)
+    kill_and_compare(killer, reference, finisher="torchrun", kills=kills)
 
 
+@pytest.mark.drill
 def test_killed_ten_times_with_s3(manifest: Manifest, reference: Run, tmp_path: Path, s3_uri: str) -> None:
     killer = killer_of(in_storage(manifest, s3_uri), tmp_path / "run", "torchrun", "s3")
     kill_and_compare(killer, reference, finisher="torchrun", kills=10)

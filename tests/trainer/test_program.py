@@ -204,6 +204,7 @@ def steps(run: RunFolder) -> list[int]:
 class TestRun:
     """`dsft run` of a program. By default two checkpoints are kept."""
 
+    @pytest.mark.drill
     def test_lost_and_stopped_the_program_goes_on_from_its_checkpoint(self, tmp_path: Path) -> None:
         """A rank is lost before step 6; at step 7 the program waits until it is asked to stop. Its code is an archive's."""
         dsft = Dsft(tmp_path)

@@ -20,6 +20,8 @@ from tests.trainer.runs import PATIENCE_SECONDS, Run, ranks, wait_until
 
 LENGTH = Length(commits=8)
 PROGRAMS = examples(LENGTH)
+# One that calls DeepSpeed, and one that has a framework do it.
+QUICK = ("deepspeed_torch", "transformers_trainer")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,9 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.drill) for name in PROGRAMS]
+)
 def test_a_program_loses_a_rank_and_goes_on_from_its_commit(
     name: str, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -102,6 +102,7 @@ def test_rays_monitor_killed_it(running: Attempt, memory: Memory) -> None:
     memory.say(used=LIMIT // 8, killed=1)
 
 
+@pytest.mark.drill
 def test_somebody_else_killed_it(running: Attempt, nodes: RayNodes, memory: Memory) -> None:
     """What the kernel and Ray killed before is not taken for the cause again. Without a commit, one more start is the last."""
     kill_rank(nodes)

@@ -132,6 +132,7 @@ def message(attempt: Attempt) -> str:
     return own.message or "" if own is not None else ""
 
 
+@pytest.mark.drill
 def test_stop_commits_and_the_next_attempt_goes_on_from_there(
     nodes: RayNodes, manifest: Manifest, tmp_path: Path
 ) -> None:
@@ -177,6 +178,7 @@ def test_drain_from_a_worker_commits_and_waits_for_it(nodes: RayNodes, manifest:
     assert told.phase is TrainerPhase.INTERRUPTED
 
 
+@pytest.mark.drill
 def test_a_node_that_ray_is_about_to_lose_is_left_with_a_commit(manifest: Manifest, tmp_path: Path) -> None:
     own = RayNodes.start()
     try:

@@ -73,6 +73,7 @@ def test_frozen_while_its_commit_is_on_its_way(
     assert_unharmed(second, reference)
 
 
+@pytest.mark.drill
 def test_frozen_on_ray_with_files(manifest: Manifest, reference: Run, tmp_path: Path) -> None:
     """One volume, two drivers with folders of their own, as on a cluster. Ray's own processes were never frozen."""
     run = Run(manifest, tmp_path / "run")

@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
+
 from dsft_api.conditions import ConditionType, FailureClass
 from dsft_api.status import FineTuneStatus, Usage
 from tests.unit.operator.settling import outcome, without_times
@@ -13,6 +15,10 @@ from tests.unit.operator.situations import NOW
 from tests.unit.operator.stories import Story
 from tests.unit.operator.world import World
 
+# `make test` takes some of the points, evenly; `make test-drills` all. Seven, since at each call there are four ways.
+HOW_MANY = pytest.mark.parametrize(
+    "every", [pytest.param(7, id="each seventh"), pytest.param(1, id="each", marks=pytest.mark.drill)]
+)
 POINTS = "crash points"
 """The property of a test's report that has the count."""
 SLACK_SECONDS = 10
@@ -29,21 +35,27 @@ def recorded(story: Story) -> Simulation:
     return run
 
 
-def disturb(story: Story) -> Counter[Way]:
-    """Disturb a story everywhere; how many points there were, by the way of disturbance.
+def disturb(story: Story, every: int) -> Counter[Way]:
+    """Disturb a story everywhere, or at one point of so many; how many points that were, by the way of disturbance.
 
     Raises:
         AssertionError: with every point at which something came out another way.
     """
     run = recorded(story)
     enumerated = points(run)
-    wrong = [f"{told(run, point)}: {problem}" for point in enumerated for problem in problems(story, run, point)]
     count = Counter(point.way for point in enumerated)
     assert all(count[way] == len(run.calls) for way in AT_EACH_CALL)
     assert count[Way.DROPPED] == len(run.events)
     assert count[Way.LATE] >= len([version for version in run.versions if version])
-    assert not wrong, f"{len(wrong)} of {len(enumerated)} points:\n" + "\n".join(wrong)
-    return count
+    tried = some(enumerated, every)
+    wrong = [f"{told(run, point)}: {problem}" for point in tried for problem in problems(story, run, point)]
+    assert not wrong, f"{len(wrong)} of {len(tried)} points:\n" + "\n".join(wrong)
+    return Counter(point.way for point in tried)
+
+
+def some(all_: list[Point], every: int) -> list[Point]:
+    """One of so many points; of stories of other lengths, others."""
+    return all_[len(all_) % every :: every]
 
 
 def problems(story: Story, undisturbed: Simulation, point: Point) -> Iterator[str]:
@@ -108,15 +120,16 @@ def whole(status: FineTuneStatus) -> float:
     return (end - NOW).total_seconds()
 
 
-def interrupt(story: Story, meanwhile: Callable[[World], None]) -> Counter[Way]:
-    """Have something happen right before each call of a story; how many points there were.
+def interrupt(story: Story, meanwhile: Callable[[World], None], every: int) -> Counter[Way]:
+    """Have something happen right before each call of a story, or one of so many; how many points that were.
 
     Raises:
         AssertionError: with every point after which the end was another one, or a law broken.
     """
     run = recorded(story)
     wrong: list[str] = []
-    for point in (Point(Way.MEANWHILE, at) for at in range(1, len(run.calls) + 1)):
+    tried = some([Point(Way.MEANWHILE, at) for at in range(1, len(run.calls) + 1)], every)
+    for point in tried:
         try:
             other = story.simulation(point, meanwhile).run()
         except AssertionError as error:
@@ -127,8 +140,8 @@ def interrupt(story: Story, meanwhile: Callable[[World], None]) -> Counter[Way]:
         if not is_deleted:
             found += differences("outcome", plain(settled(other.world)), plain(settled(run.world)))
         wrong += [f"{told(run, point)}: {problem}" for problem in found]
-    assert not wrong, f"{len(wrong)} of {len(run.calls)} points:\n" + "\n".join(wrong)
-    return Counter({Way.MEANWHILE: len(run.calls)})
+    assert not wrong, f"{len(wrong)} of {len(tried)} points:\n" + "\n".join(wrong)
+    return Counter({Way.MEANWHILE: len(tried)})
 
 
 def settled(world: World) -> FineTuneStatus:

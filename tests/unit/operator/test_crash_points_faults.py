@@ -4,12 +4,13 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.unit.operator.crash_points import POINTS, interrupt
+from tests.unit.operator.crash_points import HOW_MANY, POINTS, interrupt
 from tests.unit.operator.stories import FAULTS, RESUMED
 
 
 @pytest.mark.timeout(900)
+@HOW_MANY
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_at_every_point_heals(fault: str, record_property: Callable[[str, object], None]) -> None:
-    count = interrupt(RESUMED, FAULTS[fault])
+def test_a_fault_at_every_point_heals(fault: str, every: int, record_property: Callable[[str, object], None]) -> None:
+    count = interrupt(RESUMED, FAULTS[fault], every)
     record_property(POINTS, {str(way): number for way, number in count.items()})

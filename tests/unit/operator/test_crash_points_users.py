@@ -4,12 +4,13 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.unit.operator.crash_points import POINTS, disturb
+from tests.unit.operator.crash_points import HOW_MANY, POINTS, disturb
 from tests.unit.operator.stories import USERS
 
 
 @pytest.mark.timeout(900)
+@HOW_MANY
 @pytest.mark.parametrize("name", USERS)
-def test_every_point_heals(name: str, record_property: Callable[[str, object], None]) -> None:
-    count = disturb(USERS[name])
+def test_every_point_heals(name: str, every: int, record_property: Callable[[str, object], None]) -> None:
+    count = disturb(USERS[name], every)
     record_property(POINTS, {str(way): number for way, number in count.items()})
