@@ -1,12 +1,13 @@
 """Models are asked whether they keep packed rows apart, and those that do lose nothing by packing; what is missing is refused."""
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dsft_api.conditions import FailureClass
 from dsft_api.spec.identity import ModelSpec
@@ -14,10 +15,12 @@ from dsft_trainer.data.collate import Batch, Collator
 from dsft_trainer.data.indexed import IndexedDataset, open_indexed, write_indexed
 from dsft_trainer.data.packing import pack
 from dsft_trainer.data.tokens import IGNORED
+from dsft_trainer.engine import Engine
 from dsft_trainer.errors import TrainerError
 from dsft_trainer.losses import causal_nll
 from dsft_trainer.model import load_model
-from dsft_trainer.model_checks import check_kept_apart
+from dsft_trainer.model_checks import check_kept_apart, check_model
+from tests.trainer.runs import causal_lm, first_attempt
 
 SMALL = {
     "vocab_size": 128,
@@ -134,6 +137,20 @@ def test_the_logits_of_a_row_do_not_depend_on_its_neighbours():
     alone = model(input_ids=row[None]).logits[0]
     assert torch.equal(*seen)
     assert torch.allclose(seen[0], alone, atol=1e-6)
+
+
+def test_samples_of_a_model_that_cannot_generate_are_refused() -> None:
+    class Mute(LlamaForCausalLM):
+        """Code of its own that a model brings, without transformers' generation."""
+
+        @classmethod
+        def can_generate(cls) -> bool:
+            return False
+
+    document = causal_lm("mute", Path("/model"), Path("/text"), steps=1)["spec"]
+    document |= {"evaluation": {"samples": {}}}
+    with pytest.raises(TrainerError, match=r"spec\.evaluation\.samples: a model of type llama cannot generate"):
+        check_model(first_attempt(document).spec, cast("Engine", None), Mute(LlamaConfig(**SMALL)))
 
 
 def test_flash_attention_without_its_package_is_refused(tmp_path: Path) -> None:

@@ -29,6 +29,12 @@ def check_model(spec: FineTuneSpec, engine: Engine, model: PreTrainedModel) -> N
     Raises:
         TrainerError: ConfigInvalid, naming the field and the type of the model.
     """
+    if spec.evaluation.samples is not None and not model.can_generate():
+        raise TrainerError(
+            FailureClass.CONFIG_INVALID,
+            f"spec.evaluation.samples: a model of type {model.config.model_type} cannot generate text",
+            "remove spec.evaluation.samples, or train a model of another type",
+        )
     engine.eval()
     if spec.workload().data.packing:
         check_kept_apart(model, engine.forward)

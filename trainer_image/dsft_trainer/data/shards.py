@@ -22,7 +22,7 @@ from dsft_api.spec.identity import DatasetSource
 from dsft_trainer.checkpoint.commits import CommittedFile
 from dsft_trainer.checkpoint.files import fetch as fetch_files
 from dsft_trainer.checkpoint.files import upload
-from dsft_trainer.checkpoint.store import Store
+from dsft_trainer.checkpoint.store import Store, in_parallel
 from dsft_trainer.data import readers
 from dsft_trainer.data.checks import check_rows
 from dsft_trainer.data.formats import TRAIN_FIELD, columns_of
@@ -183,31 +183,36 @@ def open_shards(maker: ShardMaker, folder: Path, seed: int) -> ShardedDataset:
     Raises:
         TrainerError: DataInvalid if there are no rows at all; Unknown if storage lost something meanwhile.
     """
-    shards: list[Shard] = []
-    weights: list[NDArray[np.int64]] = []
-    positions = 0
-    for number in range(len(maker.files.names)):
-        place = maker.place(number)
-        text = maker.store.get_bytes(f"{place}/{MANIFEST}")
-        manifest = FileManifest.model_validate_json(text) if text else None
-        if manifest is None or not _has_weights(maker, manifest, place, folder):
-            maker.store.delete([f"{place}/{MANIFEST}"])
-            raise TrainerError(
-                FailureClass.UNKNOWN,
-                f"the tokens in {maker.store.uri}/{place} are not whole",
-                "start the run again: its tokens are made anew",
-            )
-        shards += [Shard(place, file, rows) for file, rows in zip(manifest.shards, manifest.rows, strict=True)]
-        if manifest.weights is not None:
-            weights.append(np.load(folder / place / WEIGHTS, mmap_mode="r"))
-        positions = max(positions, manifest.positions)
+    places = [maker.place(number) for number in range(len(maker.files.names))]
+    manifests = in_parallel(lambda place: _manifest(maker.store, place, folder), places)
+    shards = [
+        Shard(place, file, rows)
+        for place, manifest in zip(places, manifests, strict=True)
+        for file, rows in zip(manifest.shards, manifest.rows, strict=True)
+    ]
     if not shards:
         uri = maker.files.source.uri
         raise TrainerError(FailureClass.DATA_INVALID, f"{uri} holds no rows", f"check {TRAIN_FIELD}.uri")
+    weights = [
+        np.load(folder / place / WEIGHTS, mmap_mode="r")
+        for place, manifest in zip(places, manifests, strict=True)
+        if manifest.weights is not None
+    ]
+    positions = max(manifest.positions for manifest in manifests)
     return ShardedDataset(maker.store, shards, np.concatenate(weights), positions, folder / "shards", seed)
 
 
-def _has_weights(maker: ShardMaker, manifest: FileManifest, place: str, folder: Path) -> bool:
-    if manifest.weights is None or (folder / place / WEIGHTS).exists():
-        return True
-    return fetch_files(maker.store, place, [manifest.weights], folder / place)
+def _manifest(store: Store, place: str, folder: Path) -> FileManifest:
+    """That of one file, with the file's weights in `folder`."""
+    text = store.get_bytes(f"{place}/{MANIFEST}")
+    manifest = FileManifest.model_validate_json(text) if text else None
+    if manifest is not None:
+        here = folder / place / WEIGHTS
+        if manifest.weights is None or here.exists() or fetch_files(store, place, [manifest.weights], folder / place):
+            return manifest
+    store.delete([f"{place}/{MANIFEST}"])
+    raise TrainerError(
+        FailureClass.UNKNOWN,
+        f"the tokens in {store.uri}/{place} are not whole",
+        "start the run again: its tokens are made anew",
+    )
