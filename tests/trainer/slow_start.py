@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dsft_trainer import rank
+from dsft_trainer import rank, run_data
 from dsft_trainer.watchdog import Watchdog
 from tests.trainer import one_start
 from tests.trainer.runs import wait_until
@@ -51,8 +51,8 @@ def main(folder: Path) -> None:
         return slowed
 
     rank.Watchdog = partial(Telling, clock=clock)  # type: ignore[misc]
-    for action in (rank.fetch, rank.tokenize_here, rank.export):
-        setattr(rank, action.__name__, slow(action))
+    for module, action in ((rank, rank.fetch), (run_data, run_data.tokenize_here), (rank, rank.export)):
+        setattr(module, action.__name__, slow(action))
     one_start.main(folder)
 
 
