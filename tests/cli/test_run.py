@@ -342,6 +342,7 @@ def frozen() -> Iterator[list[psutil.Process]]:
             process.kill()
 
 
+@pytest.mark.drill
 def test_a_rank_that_stands_still_ends_the_run(
     tmp_path: Path, manifest: dict[str, Any], frozen: list[psutil.Process]
 ) -> None:

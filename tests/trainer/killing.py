@@ -32,9 +32,6 @@ from tests.trainer.runs import (
 STEPS = 60
 SEED = 1
 
-# Of so many kills one comes inside a checkpoint.
-SURE_TO_TEAR = 10
-
 KillPoint = Literal["inside a checkpoint", "between checkpoints"]
 # Seconds after the folder of a checkpoint, or its COMMIT.json, appeared.
 LATEST: dict[KillPoint, float] = {"inside a checkpoint": 0.03, "between checkpoints": 0.3}
@@ -178,6 +175,6 @@ def kill_and_compare(killer: Killer, reference: Run, finisher: str, kills: int) 
         # Shown by pytest when the test fails.
         print(f"seed {SEED}; {killer.torn} checkpoints were torn; kills: {', '.join(killer.kills)}")
     assert [claim.base_step for claim in killer.run.claims()] == killer.newest_at_start
-    # A few may come when their checkpoint is whole already.
-    assert killer.torn > 0 or kills < SURE_TO_TEAR, "no kill came inside a checkpoint"
+    # One kill with Ray may come when its checkpoint is whole already.
+    assert killer.torn > 0 or killer.runtime == "ray", "no kill came inside a checkpoint"
     assert_same_training(killer.run, reference)
