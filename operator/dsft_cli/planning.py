@@ -135,7 +135,10 @@ def _read_sizes(
         missing.append(f"model and data: {error.message}; {error.remedy}")
         return None, None
     try:
-        data = sizing.data_size(job, folder, cache, most_rows=most_rows)
+        if work.data.streaming:
+            missing.append("data: it is streamed, so its rows and tokens are not counted here")
+        else:
+            data = sizing.data_size(job, folder, cache, most_rows=most_rows)
     except TrainerError as error:
         missing.append(f"data: {error.message}; {error.remedy}")
     multiple = PAD_TO_MULTIPLE_OF[job.ranks.device]

@@ -153,6 +153,15 @@ def test_samples_of_a_model_that_cannot_generate_are_refused() -> None:
         check_model(first_attempt(document).spec, cast("Engine", None), Mute(LlamaConfig(**SMALL)))
 
 
+def test_samples_longer_than_the_model_are_refused() -> None:
+    document = causal_lm("long", Path("/model"), Path("/text"), steps=1)["spec"]
+    document |= {"evaluation": {"samples": {"maxNewTokens": 128}}}
+    with pytest.raises(
+        TrainerError, match=r"maxNewTokens 128 leaves no room for a prompt in the model's 128 positions"
+    ):
+        check_model(first_attempt(document).spec, cast("Engine", None), LlamaForCausalLM(LlamaConfig(**SMALL)))
+
+
 def test_flash_attention_without_its_package_is_refused(tmp_path: Path) -> None:
     """What it computes needs a GPU to be seen."""
     with pytest.raises(TrainerError, match=r"flash_attention_2 needs a GPU and the package flash-attn"):

@@ -250,7 +250,7 @@ def test_another_template_in_the_config_map_is_refused(hub: dict[str, str], monk
     assert known.template_digest is not None
     assert resolved(job, known) == known
     monkeypatch.setenv("DSFT_CHAT_TEMPLATE", "{{ messages[0] }}")
-    with pytest.raises(TrainerError, match="the chat template of ConfigMap templates is not what the run began with"):
+    with pytest.raises(TrainerError, match="the chat template of the ConfigMap is not what the run began with"):
         pinned(job, known)
 
 

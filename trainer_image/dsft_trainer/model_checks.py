@@ -35,6 +35,14 @@ def check_model(spec: FineTuneSpec, engine: Engine, model: PreTrainedModel) -> N
             f"spec.evaluation.samples: a model of type {model.config.model_type} cannot generate text",
             "remove spec.evaluation.samples, or train a model of another type",
         )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions and spec.evaluation.samples is not None and spec.evaluation.samples.max_new_tokens >= positions:
+        raise TrainerError(
+            FailureClass.CONFIG_INVALID,
+            f"spec.evaluation.samples.maxNewTokens {spec.evaluation.samples.max_new_tokens} leaves no room for a prompt in the"
+            f" model's {positions} positions",
+            f"set it to less than {positions}",
+        )
     engine.eval()
     if spec.workload().data.packing:
         check_kept_apart(model, engine.forward)

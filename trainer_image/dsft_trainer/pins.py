@@ -20,7 +20,7 @@ from dsft_trainer.checkpoint.origin import Pin, choose
 from dsft_trainer.checkpoint.store import open_store
 from dsft_trainer.data.formats import EVAL_FIELD, eval_source
 from dsft_trainer.data.sources import fetch, hub_error, s3_objects
-from dsft_trainer.data.tokens import template_of_config_map
+from dsft_trainer.data.tokens import digest_of_template, template_of_config_map
 from dsft_trainer.errors import TrainerError
 
 log = logging.getLogger(__name__)
@@ -129,9 +129,7 @@ def _template_pins(job: Job, known: Inputs) -> tuple[str | None, str | None]:
     """The commit of the Hub's model that gives the chat template; elsewhere a digest of it, or of the files that may hold it."""
     template = job.spec.workload().data.chat_template
     if template and template.config_map_ref:
-        found = f"sha256:{hashlib.sha256(template_of_config_map().encode()).hexdigest()}"
-        _refuse_another(f"chat template of ConfigMap {template.config_map_ref.name}", found, known.template_digest)
-        return None, known.template_digest or found
+        return None, digest_of_template(template_of_config_map(known.template_digest))
     uri = template.model_uri if template else None
     if uri is None:
         return None, None

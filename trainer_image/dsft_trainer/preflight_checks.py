@@ -173,8 +173,10 @@ def _read(look: Look, name: str, source: DatasetSource, field: str) -> None:
         return
     check_rows(table, source, work.model.task, work.model.num_labels, field)
     look.rows[name] = Rows(table, source, field)
+    # Each rank of a node fetches a file of its own.
+    ranks = max((pool.gpus_per_node for pool in look.job.spec.node_pools), default=1) or 1
     is_streamed = work.data.streaming and field != EVAL_FIELD
-    look.to_fetch[f"data.{name}"] = bytes_of(source, where, streaming=is_streamed)
+    look.to_fetch[f"data.{name}"] = bytes_of(source, where, at_once=ranks if is_streamed else None)
 
 
 def sample(look: Look) -> None:

@@ -68,9 +68,12 @@ def _streamed(
     work, place = job.spec.workload(), runtime.place
     ((_, source),) = work.data.sources()
 
+    # Listed once, so that all ranks have the same files under the same numbers.
+    listed = collectives.on_first(place.is_first, lambda: SourceFiles.of(job, source, scratch / "source").names)
+
     def make() -> ShardMaker:
         check_format(source, work.model.task, work.data, TRAIN_FIELD)
-        files = SourceFiles.of(job, source, scratch / "source")
+        files = SourceFiles.of(job, source, scratch / "source").only(listed)
         encoder = Encoder.of(source, work.data, tokenizer)
         maker = ShardMaker(files, encoder, store, key or UNKNOWN, scratch / f"shards-{place.rank}")
         for number in range(place.rank, len(files.names), place.world_size):

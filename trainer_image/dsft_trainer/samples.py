@@ -115,7 +115,11 @@ class SampleWriter:
         listed = ends if isinstance(ends, list) else [ends]
         known = {end for end in (*listed, self._tokenizer.eos_token_id) if end is not None}
         return GenerationConfig(
+            # Said all of them, since transformers takes what is not from the model's own configuration.
             do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            return_dict_in_generate=False,
             max_new_tokens=self._spec.max_new_tokens,
             eos_token_id=sorted(known) or None,
             pad_token_id=self._filler,

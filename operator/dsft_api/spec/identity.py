@@ -299,7 +299,12 @@ class SamplesSpec(ApiModel):
     """What the model writes after the prompts of a few evaluation rows: for people to read."""
 
     count: int = Field(default=4, ge=1, le=64, description="Evaluation rows, evenly spread over all of them.")
-    max_new_tokens: int = Field(default=64, ge=1, le=4096, description="Longest text, in tokens.")
+    max_new_tokens: int = Field(
+        default=64,
+        ge=1,
+        le=512,
+        description="Longest text, in tokens. A stop waits for the texts that are being written.",
+    )
 
 
 class EvaluationSpec(ApiModel):

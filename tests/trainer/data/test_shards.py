@@ -190,6 +190,19 @@ def test_pieces_are_the_file(suffix: str, write: Callable[[pa.Table, Path], None
         assert [piece.num_rows for piece in pieces] == [6, 6, 6, 2]
 
 
+def test_columns_that_nobody_reads_may_change_their_type_anywhere_in_a_large_csv(tmp_path: Path) -> None:
+    """Arrow infers types from the first block of a file, 1 MiB."""
+    path, rows = tmp_path / "data.csv", 60_000
+    path.write_text(
+        "id,text\n" + "".join(f"{n if n < rows - 1 else 'last'},row number {n} of it\n" for n in range(rows))
+    )
+    assert path.stat().st_size > 2**20
+    columns = [Column(name="text", source_name="text", kind="text", field="spec.data.train.columns.text")]
+    whole = read_path(path, columns)
+    assert whole.num_rows == rows
+    assert pa.concat_tables(read_pieces(path, columns, 1000)).equals(whole.combine_chunks())
+
+
 def test_a_file_of_no_data_format_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data.txt").write_text("a")
     with pytest.raises(TrainerError, match="names no data format"):

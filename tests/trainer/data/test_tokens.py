@@ -233,6 +233,10 @@ def test_the_chat_template_of_a_config_map_is_in_the_pods_environment(tmp_path, 
     monkeypatch.setenv("DSFT_CHAT_TEMPLATE", tiny.CHATML)
     set_chat_template(tokenizer, job, tmp_path)
     assert tokenizer.chat_template == tiny.CHATML
+    # A pod that came later, after the ConfigMap had changed.
+    later = job.model_copy(update={"resolved": Inputs(template_digest="sha256:0")})
+    with pytest.raises(TrainerError, match="is not what the run began with"):
+        set_chat_template(tokenizer, later, tmp_path)
 
 
 def test_a_template_on_the_hub_is_that_of_the_pinned_commit(tmp_path, monkeypatch):

@@ -37,13 +37,13 @@ def first_rows(source: DatasetSource, *, storage: StorageSpec, cache: Path, fiel
     return _beginning(store, first, cache, columns_of(source, field)) if first is not None else None
 
 
-def bytes_of(source: DatasetSource, storage: StorageSpec, *, streaming: bool) -> int:
+def bytes_of(source: DatasetSource, storage: StorageSpec, *, at_once: int | None = None) -> int:
     """What the ranks of a node fetch of a data set on S3; 0 where they read it in place, or the Hub's library keeps it.
 
-    Of data that is streamed, its largest file.
+    Of data that is streamed, its largest files, so many `at_once`.
     """
     sizes = [entry.size for entry in _files(source, storage)[1]] if source.uri.startswith("s3://") else []
-    return max(sizes, default=0) if streaming else sum(sizes)
+    return sum(sorted(sizes, reverse=True)[:at_once])
 
 
 def _files(source: DatasetSource, storage: StorageSpec) -> tuple[Store, list[Entry]]:

@@ -146,21 +146,28 @@ def _unknown_suffix(path: Path) -> TrainerError:
 
 
 def _read_csv(path: Path, columns: Sequence[Column]) -> pa.Table:
-    return pick(_open_csv(path, columns).read_all(), columns, path)
+    return pick(csv.read_csv(path, **_csv_options(path, columns)), columns, path)
 
 
 def _open_csv(path: Path, columns: Sequence[Column]) -> csv.CSVStreamingReader:
+    options = _csv_options(path, columns)
+    require(csv.open_csv(path, **options).schema.names, columns, path)
+    # Arrow freezes a column's type after its first block: of those that nobody asked for, nothing is to be inferred.
+    options["convert_options"].include_columns = [column.source_name for column in columns]
+    return csv.open_csv(path, **options)
+
+
+def _csv_options(path: Path, columns: Sequence[Column]) -> dict[str, Any]:
     for column in columns:
         if column.kind == "messages":
             raise _invalid(f"{path}: CSV cannot hold messages", "write them as JSON lines or Parquet")
     # Types are given, never guessed: a text column of digits is text. One thread, so that errors name the row.
     types = {column.source_name: pa.int64() if column.kind == "label" else pa.string() for column in columns}
-    return csv.open_csv(
-        path,
-        read_options=csv.ReadOptions(use_threads=False),
-        parse_options=csv.ParseOptions(newlines_in_values=True),
-        convert_options=csv.ConvertOptions(column_types=types, strings_can_be_null=False),
-    )
+    return {
+        "read_options": csv.ReadOptions(use_threads=False),
+        "parse_options": csv.ParseOptions(newlines_in_values=True),
+        "convert_options": csv.ConvertOptions(column_types=types, strings_can_be_null=False),
+    }
 
 
 def _json_tables(path: Path, columns: Sequence[Column], rows: int) -> Iterator[pa.Table]:

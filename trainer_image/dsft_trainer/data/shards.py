@@ -7,12 +7,13 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+from pydantic import ValidationError
 
 from dsft_api.base import ApiModel
 from dsft_api.conditions import FailureClass
@@ -73,12 +74,26 @@ class SourceFiles:
         refuse_unused(source, "subset", TRAIN_FIELD)
         refuse_unused(source, "split", TRAIN_FIELD)
         if source.uri.startswith("s3://"):
+            refuse_unused(source, "revision", TRAIN_FIELD)
             store, entries = s3_objects(source.uri, job.spec.storage, "dataset")
             names = readers.data_names((entry.key for entry in entries if "/" not in entry.key), source.uri)
             return cls(source, job, tuple(names), tuple(f"{store.uri}/{name}" for name in names))
         path = fetch(source.uri, storage=job.spec.storage, cache=cache, kind="dataset", revision=source.revision)
         files = readers.data_files(path) if path.is_dir() else [path]
         return cls(source, job, tuple(file.name for file in files), tuple(file.absolute().as_uri() for file in files))
+
+    def only(self, names: tuple[str, ...]) -> "SourceFiles":
+        """Those of these names.
+
+        Raises:
+            TrainerError: DataInvalid for one that is not there.
+        """
+        uris = dict(zip(self.names, self.uris, strict=True))
+        if gone := [name for name in names if name not in uris]:
+            raise TrainerError(
+                FailureClass.DATA_INVALID, f"{self.source.uri} has no {gone[0]} here", "mount the same data"
+            )
+        return replace(self, names=names, uris=tuple(uris[name] for name in names))
 
     @contextmanager
     def local(self, number: int, cache: Path) -> Iterator[Path]:
@@ -125,6 +140,8 @@ class ShardMaker:
             weights.append(shard.weights.copy())
             positions = max(positions, shard.positions)
             made.extend(upload(self.store, path.parent, place, rank=0))
+            # The store may have left the file there.
+            shutil.rmtree(path.parent, ignore_errors=True)
             beat()
         all_weights = None
         if made:
@@ -205,7 +222,10 @@ def open_shards(maker: ShardMaker, folder: Path, seed: int) -> ShardedDataset:
 def _manifest(store: Store, place: str, folder: Path) -> FileManifest:
     """That of one file, with the file's weights in `folder`."""
     text = store.get_bytes(f"{place}/{MANIFEST}")
-    manifest = FileManifest.model_validate_json(text) if text else None
+    try:
+        manifest = FileManifest.model_validate_json(text) if text else None
+    except ValidationError:
+        manifest = None
     if manifest is not None:
         here = folder / place / WEIGHTS
         if manifest.weights is None or here.exists() or fetch_files(store, place, [manifest.weights], folder / place):

@@ -4,6 +4,7 @@ The result depends on the row and the tokenizer alone, so it is the same whoever
 row with nothing to train on is an error: it would take a place in a batch and teach nothing.
 """
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -176,7 +177,7 @@ def set_chat_template(tokenizer: "PreTrainedTokenizerBase", job: Job, cache: Pat
     if template is None:
         return
     if template.config_map_ref is not None:
-        tokenizer.chat_template = template_of_config_map()
+        tokenizer.chat_template = template_of_config_map(job.resolved.template_digest if job.resolved else None)
         return
     if template.template is not None:
         tokenizer.chat_template = template.template
@@ -185,11 +186,12 @@ def set_chat_template(tokenizer: "PreTrainedTokenizerBase", job: Job, cache: Pat
     tokenizer.chat_template = _template_of(str(template.model_uri), revision, job.spec.storage, cache)
 
 
-def template_of_config_map() -> str:
-    """What the pod was given of `chatTemplate.configMapRef`.
+def template_of_config_map(known: str | None) -> str:
+    """What the pod was given of `chatTemplate.configMapRef`; `known` is the digest of what the run began with.
 
     Raises:
-        TrainerError: ConfigInvalid where there is nothing: outside a cluster, or of an empty key.
+        TrainerError: ConfigInvalid where there is nothing: outside a cluster, or of an empty key. DataInvalid if it is another
+            template: pods that came later than the others may have that.
     """
     template = os.environ.get(CHAT_TEMPLATE_ENV)
     if not template:
@@ -198,7 +200,19 @@ def template_of_config_map() -> str:
             "spec.data.chatTemplate.configMapRef: there is no ConfigMap here, or its key is empty",
             "without a cluster, write the template into spec.data.chatTemplate.template",
         )
+    digest = digest_of_template(template)
+    if known and digest != known:
+        raise TrainerError(
+            FailureClass.DATA_INVALID,
+            f"the chat template of the ConfigMap is not what the run began with: its digest is {digest}, and was {known}",
+            "put it back as it was, or start a new run on the new one",
+        )
     return template
+
+
+def digest_of_template(template: str) -> str:
+    """`sha256:...` of a template's text."""
+    return f"sha256:{hashlib.sha256(template.encode()).hexdigest()}"
 
 
 def _template_of(uri: str, revision: str | None, storage: StorageSpec, cache: Path) -> str | dict[str, str]:
