@@ -20,6 +20,7 @@ from dsft_trainer.data.tokens import Encoder, set_chat_template
 from dsft_trainer.runtime import Runtime
 from dsft_trainer.watchdog import Watchdog
 
+# In place of a key, where it is not known what decides the tokens.
 UNKNOWN = "unknown"
 
 

@@ -4,7 +4,6 @@ Every rank writes the same texts, since ZeRO-3 gathers weights in each forward p
 random generator is touched, and the texts of two evaluations can be compared.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -86,7 +85,9 @@ class SampleWriter:
 
     def _write(self, engine: Engine, prompts: list[Tokens]) -> torch.Tensor:
         """New tokens after each of the prompts, which are padded on the left."""
-        prompts = [prompt[-self._room(engine.model) :] for prompt in prompts]
+        if positions := getattr(engine.model.config, "max_position_embeddings", None):
+            # The end of a prompt, so that there is room for the text. `check_model` has seen that there is some.
+            prompts = [prompt[-(positions - self._spec.max_new_tokens) :] for prompt in prompts]
         width = max(map(len, prompts))
         ids = np.full((len(prompts), width), self._filler, dtype=np.int64)
         mask = np.zeros_like(ids)
@@ -103,11 +104,6 @@ class SampleWriter:
                 synced_gpus=True,
             )
         return written[:, width:]
-
-    def _room(self, model: Any) -> int:
-        """Tokens of a prompt, so that the model has positions for the text as well."""
-        positions = getattr(model.config, "max_position_embeddings", None) or math.inf
-        return int(max(1, min(positions - self._spec.max_new_tokens, 2**31)))
 
     def _config(self, model: Any) -> GenerationConfig:
         own = getattr(model, "generation_config", None)

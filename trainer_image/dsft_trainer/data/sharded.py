@@ -5,7 +5,6 @@ the data may be larger than any disk.
 """
 
 import fcntl
-import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,7 +22,8 @@ from dsft_trainer.data.indexed import IndexedDataset, Row, open_indexed
 from dsft_trainer.data.shard_order import ShardOrder
 from dsft_trainer.errors import TrainerError
 
-log = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
+"""Of the shards of one file, written when they are whole."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,3 @@ class ShardedDataset:
         with (self._folder / f"{number}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
-
-
-MANIFEST = "manifest.json"
-"""Of the shards of one file, written when they are whole."""
