@@ -18,7 +18,7 @@ from tests.cluster.kubectl import Kubectl
 from tests.cluster.operator_install import S3_SECRET
 from tests.cluster.up import Storage
 
-# Bounds are for what hangs, not for what is slow: others may use the cores, and a CPU without bf16 takes seconds per step.
+# Bounds are for what hangs, not for what is slow: others may use the cores.
 START_SECONDS = 1500.0
 GONE_SECONDS = 240.0
 POLL_SECONDS = 0.5

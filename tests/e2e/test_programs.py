@@ -18,10 +18,10 @@ from tests.e2e.s3 import Bucket
 from tests.e2e.tenant import Tenant
 from tests.trainer.program_examples import EXAMPLES, PROBED, RANKS, Length, examples, manifest, put_assets
 
+pytestmark = pytest.mark.long
+
 # Long enough that none has ended before its pod is killed.
 LENGTH = Length(commits=10, rows=256)
-# The one of `make e2e`.
-QUICK = "transformers_trainer"
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,7 @@ def source(bucket: Bucket, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return {"archive": bucket.upload(archive, "assets/programs.tar.gz"), "digest": f"sha256:{digest}"}
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == QUICK else pytest.param(name, marks=pytest.mark.long) for name in examples(LENGTH)]
-)
+@pytest.mark.parametrize("name", examples(LENGTH))
 def test_a_program_loses_a_pod_and_goes_on_from_its_commit(name: str, tenant: Tenant, source: dict[str, str]) -> None:
     document = on_cluster(manifest(name, LENGTH, Path()), source)
     run = document["metadata"]["name"]
