@@ -1,6 +1,6 @@
 """What can be wrong with a run: each ends in the right phase, class and message, in time, and lets its pods go.
 
-Runs whose pods never start are applied first, all at once: they wait for their deadline while the trainers of the others fail.
+All are applied first, at once: some wait for their deadline while the trainers of the others fail.
 """
 
 from collections.abc import Mapping
@@ -20,6 +20,7 @@ PROVISION_SECONDS = 60
 # Beyond the deadline: looks of the operator, and a machine whose cores are busy.
 MARGIN_SECONDS = 60
 MINE = "mine"
+WRONG_KEY = "wrong-key"
 NOWHERE = {"dsft.dev/planet": "mars"}
 
 
@@ -96,35 +97,40 @@ def failing(bucket: Bucket) -> dict[str, Fails]:
                 ),
             },
         ),
+        Fails(
+            WRONG_KEY,
+            FailureClass.STORAGE_DENIED,
+            ("InvalidAccessKeyId", bucket.uri, "correct AWS_ACCESS_KEY_ID"),
+            {"spec.storage": {"credentials": {"secretName": MINE}}},
+        ),
     )
     return {row.name: row for row in rows}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def never_starting(shared_tenant: Tenant, assets: Assets) -> None:
-    """All of them, at once."""
+def applied(shared_tenant: Tenant, assets: Assets, bucket: Bucket) -> dict[str, Fails]:
+    """All of them, at once; those whose trainers give up."""
+    shared_tenant.own_secrets.append(MINE)
+    shared_tenant.apply(s3_secret(MINE, "nobody", "nobody-secret"))
+    deadline = {"spec.deadlines": {"provisionSeconds": PROVISION_SECONDS}}
     for row in NEVER:
-        deadline = {"spec.deadlines": {"provisionSeconds": PROVISION_SECONDS}}
         shared_tenant.apply(tiny_run(row.name, assets, steps=6, nodes=1, edits={**row.edits, **deadline}))
+    rows = failing(bucket)
+    for row in rows.values():
+        shared_tenant.apply(tiny_run(row.name, assets, steps=6, nodes=1, edits=row.edits))
+    return rows
 
 
 @pytest.mark.parametrize("name", ["no-bucket", "no-data", "user-code"])
-def test_a_trainer_that_gives_up(shared_tenant: Tenant, assets: Assets, bucket: Bucket, name: str) -> None:
+def test_a_trainer_that_gives_up(shared_tenant: Tenant, applied: dict[str, Fails], name: str) -> None:
     """Not retried, since it would be the same again: Failed at once, with what happened and what to do."""
-    row = failing(bucket)[name]
-    shared_tenant.apply(tiny_run(name, assets, steps=6, nodes=1, edits=row.edits))
-    _assert_failed(shared_tenant, row)
+    _assert_failed(shared_tenant, applied[name])
 
 
-def test_a_new_token_goes_on_once_the_key_is_right(shared_tenant: Tenant, assets: Assets, bucket: Bucket) -> None:
+def test_a_new_token_goes_on_once_the_key_is_right(shared_tenant: Tenant, applied: dict[str, Fails]) -> None:
     """A wrong S3 key is Failed; the corrected Secret reaches new pods by retry.token, and the run ends well."""
-    tenant, name = shared_tenant, "wrong-key"
-    tenant.own_secrets.append(MINE)
-    tenant.apply(s3_secret(MINE, "nobody", "nobody-secret"))
-    edits = {"spec.storage": {"credentials": {"secretName": MINE}}}
-    tenant.apply(tiny_run(name, assets, steps=6, nodes=1, edits=edits))
-    words = ("InvalidAccessKeyId", bucket.uri, "correct AWS_ACCESS_KEY_ID")
-    _assert_failed(tenant, Fails(name, FailureClass.STORAGE_DENIED, words, edits))
+    tenant, name = shared_tenant, WRONG_KEY
+    _assert_failed(tenant, applied[name])
 
     tenant.apply(s3_secret(MINE, tenant.storage.access_key, tenant.storage.secret_key))
     tenant.patch(name, retry={"token": "the key is right now"})

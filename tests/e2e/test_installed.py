@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.cluster.operator_install import Install
 from tests.e2e.manifests import Assets, tiny_run
 from tests.e2e.tenant import Tenant
@@ -19,6 +21,7 @@ def test_helm_test(operator: Install) -> None:
     assert "a replica leads" in told
 
 
+@pytest.mark.long
 def test_each_panel_shows_something_of_a_run_that_trains(
     operator: Install, tenant: Tenant, assets: Assets, tmp_path: Path
 ) -> None:

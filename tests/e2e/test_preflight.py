@@ -3,7 +3,7 @@
 All runs are applied first: their pods look side by side.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from kubernetes.client import CoreV1Api
 from dsft_api.conditions import ConditionType, FailureClass, Phase, Reason
 from dsft_api.layout import PREFLIGHT_FILE
 from tests.cluster.operator_install import S3_SECRET, s3_secret
+from tests.e2e.conftest import Tenants
 from tests.e2e.manifests import Assets, pool, tiny_run
 from tests.e2e.s3 import Bucket
 from tests.e2e.tenant import JOB_LABEL, LIST_LIMIT, Tenant, condition_of
@@ -127,6 +128,17 @@ def looked_at(shared_tenant: Tenant, assets: Assets, bucket: Bucket, chat: Chat)
     return found
 
 
+@pytest.fixture(scope="module", autouse=True)
+def waiting(tenants: Tenants, assets: Assets) -> Iterator[Tenant]:
+    """A namespace with a run whose pod finds no node: it waits for its deadline while the others look."""
+    deadline = {"provisionSeconds": PROVISION_SECONDS}
+    with tenants() as tenant:
+        tenant.apply(_run("no-node", assets, {"spec.head.nodeSelector": NOWHERE, "spec.deadlines": deadline}))
+        tenant.until("it is explained", lambda: "node affinity/selector" in (tenant.status("no-node").message or ""))
+        assert [pod["metadata"]["labels"].get(JOB_LABEL, "").startswith("no-node-") for pod in tenant.pods()] == [True]
+        yield tenant
+
+
 def _run(name: str, assets: Assets, edits: Mapping[str, Any]) -> dict[str, Any]:
     return tiny_run(name, assets, steps=6, nodes=1, edits={"spec.preflight": {"enabled": True}, **edits})
 
@@ -184,12 +196,9 @@ def test_what_was_found_is_mended(tenant: Tenant, assets: Assets, bucket: Bucket
     tenant.until_nothing_left()
 
 
-def test_a_pod_that_finds_no_node_is_explained(tenant: Tenant, assets: Assets) -> None:
+def test_a_pod_that_finds_no_node_is_explained(waiting: Tenant) -> None:
     """Like every other wait, and within the same deadline."""
-    deadline = {"provisionSeconds": PROVISION_SECONDS}
-    tenant.apply(_run("no-node", assets, {"spec.head.nodeSelector": NOWHERE, "spec.deadlines": deadline}))
-    tenant.until("it is explained", lambda: "node affinity/selector" in (tenant.status("no-node").message or ""))
-    assert [pod["metadata"]["labels"].get(JOB_LABEL, "").startswith("no-node-") for pod in tenant.pods()] == [True]
+    tenant = waiting
     status = tenant.until_phase("no-node", Phase.FAILED)
     assert "ProvisionTimeout" in (status.message or "")
     assert "Unschedulable: preflight: no-node-" in (status.message or "")

@@ -8,6 +8,8 @@ from tests.cli.command import Dsft
 from tests.e2e.manifests import QUICKSTART
 from tests.e2e.quickstart import Finished
 
+pytestmark = pytest.mark.long
+
 # From the same seed, but sums are made in another order where there are more threads.
 TOLERANCE = 0.01
 SECONDS = 900
