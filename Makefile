@@ -52,7 +52,7 @@ e2e: venv ## On a cluster: also failures, suspend, kills of the operator, the ds
 	$(BIN)/python -m pytest tests/e2e -v -m "not long and not fault"
 
 .PHONY: e2e-long
-e2e-long: venv ## On a cluster: what takes longer
+e2e-long: venv ## On a cluster, what takes longer: example programs, memory that runs out, tenants, streams, more kills
 	$(BIN)/python -m pytest tests/e2e -v -m long
 
 .PHONY: e2e-faults
