@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from dsft_api.conditions import ConditionType, ExitCode, Phase
+from dsft_api.conditions import ConditionType, ExitCode, FailureClass, Phase
 from dsft_api.status import FineTuneStatus
 from dsft_cli.output import Format, document, err, out
 
@@ -188,10 +188,13 @@ def _is_over(status: FineTuneStatus) -> bool:
 
 
 def _exit_code(status: FineTuneStatus) -> int:
-    if any(c.type is ConditionType.SUCCEEDED and c.status == "True" for c in status.conditions):
+    """As `dsft run` has it. Some runs end without an attempt: by a preflight, or by the deadline of a wait."""
+    succeeded = next((c for c in status.conditions if c.type is ConditionType.SUCCEEDED), None)
+    if succeeded is not None and succeeded.status == "True":
         return ExitCode.OK
-    failure = status.attempts[-1].failure_class if status.attempts else None
-    return failure.failure.exit_code if failure else ExitCode.BAD_INPUT
+    if succeeded is not None and succeeded.reason in set(FailureClass):
+        return FailureClass(succeeded.reason).failure.exit_code
+    return ExitCode.BAD_INPUT
 
 
 def _age(created: str) -> str:

@@ -45,6 +45,28 @@ def test_suspend_waits_until_the_nodes_are_free(scene: Scene, kuberay: None) -> 
     assert scene.status()["phase"] == "Succeeded"
 
 
+@pytest.mark.parametrize(
+    ("reason", "code"),
+    [
+        ("StorageDenied", ExitCode.ACCESS),
+        ("ProvisionTimeout", ExitCode.OTHER),
+        ("DataInvalid", ExitCode.BAD_INPUT),
+        ("Invalid", ExitCode.BAD_INPUT),
+    ],
+)
+def test_watch_ends_with_the_code_of_the_failure_where_there_was_no_attempt(
+    scene: Scene, reason: str, code: ExitCode
+) -> None:
+    """As a preflight ends a run, the deadline of a wait, or a manifest that is refused; there is no operator here."""
+    scene.apply()
+    times = {"lastTransitionTime": "2026-01-01T00:00:00Z", "observedGeneration": 1}
+    condition = {"type": "Succeeded", "status": "False", "reason": reason, "message": "", **times}
+    ended = {"phase": "Failed", "message": "told", "completionTime": "2026-01-01T00:00:00Z", "conditions": [condition]}
+    scene.runs.apply_status(scene.name, ended)
+    watched = dsft(scene, "watch", scene.name)
+    assert (watched.returncode, "Failed: told" in watched.stderr) == (code, True), watched.stderr
+
+
 def test_a_run_that_is_not_there_is_named(scene: Scene) -> None:
     for command in ("suspend", "resume"):
         ended = dsft(scene, command, "nobody")

@@ -15,6 +15,7 @@ from dsft_api.conditions import ConditionType, FailureClass, Phase, Reason
 from dsft_api.layout import PREFLIGHT_FILE
 from tests.cluster.operator_install import S3_SECRET, s3_secret
 from tests.e2e.conftest import Tenants
+from tests.e2e.followed import dsft
 from tests.e2e.manifests import Assets, pool, tiny_run
 from tests.e2e.s3 import Bucket
 from tests.e2e.tenant import JOB_LABEL, LIST_LIMIT, Tenant, condition_of
@@ -160,6 +161,7 @@ def test_a_fault_is_found_before_there_is_a_worker_pod(
     for words in ("preflight: ", "spec.", *row.words, "set a new spec.retry.token"):
         assert words in status.message
     assert (status.attempts, status.ray_cluster) == ((), None)
+    assert dsft(tenant, "watch", name).returncode == row.failure.failure.exit_code
     (failed,) = [event for event in tenant.events(name) if event["reason"] == "Failed"]
     assert failed["type"] == "Warning"
     tenant.until("nothing of it is left", lambda: not any(name in left for left in tenant.left()))
