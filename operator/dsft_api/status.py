@@ -29,6 +29,8 @@ Time = Annotated[datetime, AfterValidator(_usual), PlainSerializer(_rfc3339, ret
 Seconds = Annotated[float, PlainSerializer(lambda seconds: round(seconds, 1), return_type=float)]
 NodeName = Annotated[str, Field(max_length=253)]
 MAX_AVOIDED = 10
+# keepLast and keepBest are 10 at most, and one is being saved.
+MAX_RETAINED = 21
 Metrics = Annotated[dict[Annotated[str, Field(max_length=64)], float], Field(max_length=32)]
 
 
@@ -173,7 +175,7 @@ class Checkpoints(ApiModel):
 
     latest: CheckpointRef | None = Field(default=None, description="The newest.")
     best: CheckpointRef | None = Field(default=None, description="The best by spec.evaluation.metric.")
-    retained: Annotated[tuple[CheckpointRef, ...], Field(max_length=21)] = Field(
+    retained: Annotated[tuple[CheckpointRef, ...], Field(max_length=MAX_RETAINED)] = Field(
         default=(), description="All that are kept, oldest first."
     )
     blocked_seconds: float | None = Field(

@@ -16,6 +16,7 @@ from dsft_api.progress import Progress, TrainerPhase
 from tests.unit.operator.situations import OUTPUT, told
 
 STEPS = 3
+NO_FILE = "A file is not found at: /tmp/ray/session_latest/logs/dsft-progress.json"
 
 
 @dataclass
@@ -93,7 +94,7 @@ class FakeHead:
             rows = [{"node_id": "ab" * 28, "is_head_node": True, "state": "ALIVE"}]
             return 200, json.dumps({"result": True, "data": {"result": {"result": rows}}})
         if path.startswith("/api/v0/logs/file"):
-            return (200, self.progress.model_dump_json(by_alias=True)) if self.progress else (404, "no such file")
+            return (200, self.progress.model_dump_json(by_alias=True)) if self.progress else (500, NO_FILE)
         submission = path.rpartition("/")[2]
         if submission not in self.jobs:
             return 404, f"Job {submission} does not exist"

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from dsft_api.conditions import FailureClass
-from dsft_trainer.checkpoint import universal
+from dsft_api.status import MAX_RETAINED
+from dsft_trainer.checkpoint import files, universal
 from dsft_trainer.checkpoint.checkpointer import Checkpointer, Identity, Point
 from dsft_trainer.checkpoint.commits import Patience
 from dsft_trainer.checkpoint.listing import Retention, read_commits
 from dsft_trainer.checkpoint.origin import Origin
 from dsft_trainer.checkpoint.restore import Convert, Restorer
-from dsft_trainer.checkpoint.store import Store, open_store
+from dsft_trainer.checkpoint.store import Store, get_files, open_store
 from dsft_trainer.errors import TrainerError
 from dsft_trainer.runtime import Place
 
@@ -189,6 +190,40 @@ def test_retention_goes_on_where_the_start_before_left_it(store: Store, tmp_path
     assert steps(store) == [1, 4]
 
 
+def test_what_could_not_be_let_go_goes_after_the_next_save(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = Start(store, tmp_path / "scratch", retention=Retention(1, 0, "loss", larger_is_better=False))
+    start.begin(1)
+    start.save(1)
+    checks: list[str] = []
+
+    def away_after_the_commit() -> None:
+        checks.append("asked")
+        if len(checks) > 1:
+            raise TrainerError(FailureClass.STORAGE_DENIED, "the claims cannot be listed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(start.checkpointer, "check_claim", away_after_the_commit)
+        start.save(2)
+    assert len(folders(store)) == 2
+    name = start.save(3)
+    assert folders(store) == {name}
+
+
+def test_more_commits_than_a_status_holds_are_no_obstacle(tmp_path: Path) -> None:
+    """They may not be deleted, say; each start goes on all the same, and tells of the newest."""
+    store = open_store((tmp_path / "run").as_uri())
+    start = Start(store, tmp_path / "scratch", retention=Retention(100, 0, "loss", larger_is_better=False))
+    start.begin(1)
+    for step in range(1, MAX_RETAINED + 3):
+        start.save(step)
+    again = Start(store, tmp_path / "scratch")
+    assert again.begin(2) == MAX_RETAINED + 2
+    told = again.checkpointer.references("s3://run").retained
+    assert [ref.step for ref in told] == list(range(3, MAX_RETAINED + 3))
+
+
 @pytest.mark.parametrize("damage", ["changed", "cut short", "missing"])
 def test_a_damaged_file_means_the_commit_before(store: Store, tmp_path: Path, damage: str) -> None:
     first = Start(store, tmp_path / "scratch")
@@ -204,12 +239,47 @@ def test_a_damaged_file_means_the_commit_before(store: Store, tmp_path: Path, da
     second = Start(store, tmp_path / "scratch")
     assert second.begin(2) == 3
     assert second.state.value == "step 3 of a1.g1"
-    assert folders(store) == {whole}
+    # It may be whole in storage, and this node's disk at fault: it stays until there is another one.
+    assert folders(store) == {whole, "step-00000006-a1.g1"}
+    assert steps(store) == [3]
     told = second.checkpointer.references("s3://run")
     assert told.damaged == ("step-00000006-a1.g1",)
     assert "passed over, since files do not match their checksums: step-00000006-a1.g1" in told.summary
-    second.save(6)
+    name = second.save(6)
+    assert folders(store) == {whole, name}
     assert Start(store, tmp_path / "scratch").begin(3) == 6
+
+
+def test_a_download_that_differs_is_made_once_more(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Start(store, tmp_path / "scratch")
+    first.begin(1)
+    first.save(3)
+    downloads: list[int] = []
+
+    def damaging(store: Store, pairs: list[tuple[str, Path]]) -> None:
+        get_files(store, pairs)
+        downloads.append(len(pairs))
+        if len(downloads) == 1:
+            pairs[0][1].write_text("flipped on the way")
+
+    monkeypatch.setattr(files, "get_files", damaging)
+    second = Start(store, tmp_path / "scratch")
+    assert second.begin(2) == 3
+    assert second.checkpointer.restorer.damaged == []
+    assert downloads == [2, 1]
+
+
+def test_commits_whose_claims_were_removed_count(store: Store, tmp_path: Path) -> None:
+    """A rule of the bucket lets old objects expire: claims are older than the commits of a long attempt."""
+    first = Start(store, tmp_path / "scratch")
+    first.begin(1)
+    names = {first.save(3), first.save(6)}
+    store.delete([entry.key for entry in store.list("attempts")])
+    second = Start(store, tmp_path / "scratch")
+    assert second.begin(2) == 6
+    assert folders(store) == names
 
 
 def test_when_no_commit_is_whole_training_begins_anew(store: Store, tmp_path: Path) -> None:
@@ -220,7 +290,9 @@ def test_when_no_commit_is_whole_training_begins_anew(store: Store, tmp_path: Pa
     second = Start(store, tmp_path / "scratch")
     assert second.begin(2) == 0
     assert second.checkpointer.restorer.base is None
-    assert folders(store) == set()
+    assert steps(store) == []
+    name = second.save(3)
+    assert folders(store) == {name}
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b'{"name": "step-00000006-a1.g1"}'], ids=["empty", "half", "incomplete"])
@@ -435,7 +507,8 @@ def test_a_damaged_commit_of_other_ranks_means_the_one_before(store: Store, tmp_
     start = Start(store, tmp_path / "scratch", convert=Converter())
     assert start.begin(2) == 3
     assert start.state.value == "step 3 of a1.g1"
-    assert folders(store) == {first}
+    assert steps(store) == [3]
+    assert folders(store) == {first, second}
     conversion = universal.find(store, read_commits(store)[0])
     assert conversion is not None
     assert conversion.source == first

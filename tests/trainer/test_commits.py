@@ -129,7 +129,13 @@ def commit(step: int, loss: float | None = None) -> Commit:
             [at(10, "a1.g1")],
             id="foreign folders do not count",
         ),
-        pytest.param([at(10, "a1.g1")], [], [], id="no claims: nothing to hold on to"),
+        pytest.param([at(10, "a1.g1")], [], [at(10, "a1.g1")], id="a claim that is gone is known by its commits"),
+        pytest.param(
+            [at(10, "a1.g1"), at(20, "a2.g1")],
+            [claim("a1.g1")],
+            [at(20, "a2.g1")],
+            id="the newest claim that is gone: what it went on from is not known",
+        ),
     ],
 )
 def test_lineage(names: list[str], claims: list[Claim], expected: list[str]) -> None:

@@ -50,11 +50,16 @@ async def found(call: Awaitable[T]) -> T | None:
 
 
 async def unless_there(call: Awaitable[Any]) -> None:
-    """Make something, unless one of that name is there. Raises KubeError."""
+    """Make something, unless one of that name is there. Raises KubeError, and Conflict as a quota that changes answers it."""
     try:
-        await done(call)
-    except Conflict:
-        return
+        await call
+    except ApiException as error:
+        if error.status != 409:
+            raise refused(error) from error
+        if _told(error, "reason") != "AlreadyExists":
+            raise Conflict(_words(error)) from error
+    except SILENCE as error:
+        raise KubeError(f"the API server did not answer: {error!r}") from error
 
 
 def refused(error: ApiException) -> KubeError:
@@ -69,7 +74,12 @@ def answered(status: int | None, words: str) -> KubeError:
 
 
 def _words(error: ApiException) -> str:
+    return _told(error, "message") or str(error.reason)
+
+
+def _told(error: ApiException, field: str) -> str | None:
+    """A field of the Status that the API server answers with."""
     try:
-        return json.loads(error.body or "")["message"]
+        return json.loads(error.body or "")[field]
     except (ValueError, KeyError, TypeError):
-        return str(error.reason)
+        return None

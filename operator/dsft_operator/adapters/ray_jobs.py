@@ -27,6 +27,8 @@ _MAX_FLOAT = 1e100
 # Ray answers 500 with a traceback; these are its words (dashboard/modules/job/job_manager.py).
 _DUPLICATE = "already exists"
 _DUPLICATE_REMEDY = "use a different submission_id"
+# Of a log that is not there (dashboard/modules/log/log_agent.py).
+_NO_FILE = "file is not found"
 
 
 class _Version(BaseModel):
@@ -119,7 +121,11 @@ class RayJobsHttp:
         if isinstance(reply, Unknown):
             return reply
         if reply.status != 200:
-            return None
+            # Ray answers 500 whatever was wrong, so it is the words that say whether there is no such file.
+            missing = reply.status == 404 or _NO_FILE in reply.text
+            return (
+                None if missing else Unknown(f"the progress document was answered {reply.status}: {reply.text[:200]}")
+            )
         if len(reply.text) > MAX_PROGRESS:
             return Unknown(f"the progress document has {len(reply.text)} characters, and {MAX_PROGRESS} is the most")
         try:

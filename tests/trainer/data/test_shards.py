@@ -1,7 +1,7 @@
 """Data in shards is the data: the same rows as tokens, whatever the kind of file, and with little of it at hand."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,12 @@ import pyarrow as pa
 import pytest
 from pyarrow import csv, parquet
 
+from dsft_api.conditions import FailureClass
 from dsft_api.job import Job
-from dsft_trainer.checkpoint.store import open_store, store_of
-from dsft_trainer.data import shards
+from dsft_trainer.checkpoint.commits import CommittedFile
+from dsft_trainer.checkpoint.files import fetch
+from dsft_trainer.checkpoint.store import Store, open_store, store_of
+from dsft_trainer.data import sharded, shards
 from dsft_trainer.data.formats import Column
 from dsft_trainer.data.indexed import Row
 from dsft_trainer.data.prepare import open_prepared, tokenize_here
@@ -148,6 +151,25 @@ def test_a_damaged_shard_is_told_and_made_anew(job: Job, tmp_path: Path) -> None
         data[shard]
     again = streamed(job, tmp_path / "again")
     assert len(again[shard]["input_ids"]) > 0
+
+
+def test_storage_that_was_away_while_a_shard_was_fetched_ahead_is_asked_again(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = streamed(job, tmp_path)
+    asked: list[str] = []
+
+    def away_at_first(store: Store, key: str, files: Sequence[CommittedFile], folder: Path) -> bool:
+        asked.append(key)
+        if len(asked) == 1:
+            raise TrainerError(FailureClass.UNKNOWN, "the storage does not answer")
+        return fetch(store, key, files, folder)
+
+    monkeypatch.setattr(sharded, "fetch", away_at_first)
+    data.want([1])
+    assert len(data[data.order.rows[0]]["input_ids"]) > 0
+    assert len(asked) == 2
+    data.close()
 
 
 def test_errors_name_the_file_and_the_row(tmp_path: Path, lines: list[dict[str, Any]]) -> None:

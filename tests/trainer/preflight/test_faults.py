@@ -299,6 +299,21 @@ def test_of_large_json_lines_the_beginning_is_read(
     assert "line 1 is not JSON" in the(found({"spec.data.train.uri": path.as_uri()})).message
 
 
+def test_of_a_large_folder_only_what_the_ranks_read_is_looked_at(
+    found: Found, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, s3_uri: str
+) -> None:
+    """Not logs of a table format, older versions in a folder below, or an empty part."""
+    monkeypatch.setattr(first, "MAX_BYTES", 5000)
+    store = open_store(f"{s3_uri}/folder")
+    good = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.rows("messages", 100)).read_bytes()
+    others = {"_delta_log/000.jsonl": b'{"add": 1}\n', "archive/old.jsonl": b'{"old": 1}\n', ".note.jsonl": b"no JSON"}
+    for name, content in {**others, "part-0.jsonl": b"", "part-1.jsonl": good}.items():
+        store.put_bytes(name, content)
+    assert found({"spec.data.train.uri": store.uri}, f"{s3_uri}/run") == PreflightResult(run_uid="u")
+    store.put_bytes("part-1.jsonl", b"no JSON\n" + good)
+    assert "line 1 is not JSON" in the(found({"spec.data.train.uri": store.uri}, f"{s3_uri}/run")).message
+
+
 def test_a_disk_is_measured_where_the_ranks_run(found: Found, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DSFT_SCRATCH", str(tmp_path))
     monkeypatch.setattr(preflight_job, "CHECKS", (Check(asks_for_everything, ""), Check(preflight_checks.disk, "")))

@@ -107,6 +107,30 @@ def test_an_answer_that_cannot_be_read(name: str) -> None:
     assert len(str(head)) + len(str(job)) + len(str(progress)) < 2000
 
 
+@pytest.mark.parametrize(
+    ("status", "text", "missing"),
+    [
+        (404, "404: Not Found", True),
+        (500, "A file is not found at: /tmp/ray/session_1/logs/dsft-progress.json", True),
+        (500, "Failed to query the data source. Either there's a network issue, or the source is down.", False),
+        (503, "", False),
+    ],
+)
+def test_a_document_that_is_not_there_is_told_from_one_that_cannot_be_had(
+    status: int, text: str, *, missing: bool
+) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        is_nodes = request.path.endswith("nodes")
+        return web.json_response(NODES) if is_nodes else web.Response(text=text, status=status)
+
+    async def ask() -> object:
+        async with head_that(handler) as head:
+            return await head.progress("127.0.0.1", "t")
+
+    told = asyncio.run(ask())
+    assert told is None if missing else isinstance(told, Unknown)
+
+
 def test_bytes_that_never_end() -> None:
     async def handler(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()

@@ -133,6 +133,7 @@ class Checkpointer:
         restorer = self.restorer
         restorer.find()
         self.commits = restorer.commits
+        self._doomed = set(restorer.damaged)
         own, origin = (self.commits[-1] if self.commits else None), (restorer.origin.uri if restorer.origin else None)
         self._claim = collectives.on_first(
             self.place.is_first,
@@ -239,6 +240,9 @@ class Checkpointer:
         commit = patiently(lambda: self._commit(draft))
         # Frozen while COMMIT.json was on its way, this start may have been superseded from an older commit: then it must not
         # decide what others need. One that claims from here on goes on from this commit, and lets the same ones go.
+        self._doomed = (self._doomed | {commit.name for commit in self.commits}) - {
+            kept.name for kept in self._kept(commit)
+        }
         try:
             patiently(self.check_claim)
         except TrainerError as error:
@@ -246,7 +250,7 @@ class Checkpointer:
                 raise
             log.warning("nothing is retired for now, since the claims cannot be read: %s", error)
         else:
-            self._retire(commit)
+            self._retire()
         return commit
 
     def _upload(self, staged: Staged, name: str) -> None:
@@ -292,10 +296,8 @@ class Checkpointer:
         )
         return [commit for commit in commits if commit not in gone]
 
-    def _retire(self, commit: Commit) -> None:
-        """Delete what the policy lets go; what cannot be deleted now is tried again after the next save."""
-        kept = {commit.name for commit in self._kept(commit)}
-        self._doomed = (self._doomed | {commit.name for commit in self.commits}) - kept
+    def _retire(self) -> None:
+        """Delete what the policy let go; what cannot be deleted now is tried again after the next save."""
         try:
             self._delete_folders(self._doomed)
             self._doomed = set()
@@ -307,7 +309,8 @@ class Checkpointer:
 
     def _sweep(self) -> None:
         """Remove what crashes, superseded groups and an interrupted retirement left behind."""
-        kept = {commit.name for commit in self.commits}
+        # What did not match its checksums here may be whole in storage: it stays until there is a commit of this start.
+        kept = {*(commit.name for commit in self.commits), *self.restorer.damaged}
         present = {entry.key.split("/")[1] for entry in self.store.list(f"{CHECKPOINTS}/")}
         # A start that froze between its claim and here must not touch what its successors wrote.
         later = {name for name in present if (parsed := parse_name(name)) and parsed[1] > self.claim}

@@ -142,7 +142,8 @@ def lineage(names: Iterable[str], claims: Sequence[Claim]) -> list[str]:
     """The commits that count, oldest first.
 
     `names` are the folders that have a COMMIT.json, `claims` all claims of the run. Walks back from the newest claim:
-    its own commits, then those of the claim its base belongs to, up to that base, and so on.
+    its own commits, then those of the claim its base belongs to, up to that base, and so on. A commit tells its claim by
+    its name: it counts also where the claim's file was removed, by a rule that lets old objects expire, say.
     """
     by_claim: dict[ClaimId, list[tuple[int, str]]] = {}
     for name in names:
@@ -151,7 +152,7 @@ def lineage(names: Iterable[str], claims: Sequence[Claim]) -> list[str]:
             by_claim.setdefault(parsed[1], []).append((parsed[0], name))
     by_id = {claim.id: claim for claim in claims}
     chain: list[tuple[int, str]] = []
-    current = max(by_id, default=None)
+    current = max({*by_id, *by_claim}, default=None)
     limit: int | None = None
     while current is not None:
         chain += [item for item in by_claim.get(current, []) if limit is None or item[0] <= limit]

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from dsft_api.conditions import FailureClass
 from dsft_api.layout import ATTEMPTS, CHECKPOINTS
-from dsft_api.status import CheckpointRef, Checkpoints
+from dsft_api.status import MAX_RETAINED, CheckpointRef, Checkpoints
 from dsft_trainer.checkpoint.commits import COMMIT_FILE, Claim, ClaimId, Commit, best, lineage, next_claim
 from dsft_trainer.checkpoint.store import Store
 from dsft_trainer.errors import TrainerError
@@ -94,7 +94,7 @@ def read_commits(store: Store) -> list[Commit]:
 
 
 def references(prefix: str, commits: Sequence[Commit], retention: Retention) -> Checkpoints:
-    """The commits as status shows them."""
+    """The commits as status shows them: the newest ones, where some could not be deleted."""
 
     def ref(commit: Commit) -> CheckpointRef:
         return commit.ref(prefix, "sha256:" + hashlib.sha256(manifest(commit)).hexdigest())
@@ -103,7 +103,7 @@ def references(prefix: str, commits: Sequence[Commit], retention: Retention) -> 
     return Checkpoints(
         latest=ref(commits[-1]) if commits else None,
         best=ref(ranked[0]) if ranked else None,
-        retained=tuple(ref(commit) for commit in commits),
+        retained=tuple(ref(commit) for commit in commits[-MAX_RETAINED:]),
     )
 
 

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 from dsft_api.base import ApiModel
 from dsft_api.job import Job
 from dsft_api.spec.identity import EvaluationSpec
-from dsft_api.status import CheckpointRef, Checkpoints
+from dsft_api.status import MAX_RETAINED, CheckpointRef, Checkpoints
 from dsft_trainer.checkpoint.store import Store
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def listed(
     if tuple(refs) != tuple(known):
         ledger = Ledger(book=book.decode(), checkpoints=tuple(refs))
         store.put_bytes(LEDGER, ledger.model_dump_json(by_alias=True, exclude_none=True, indent=1).encode())
-    return Checkpoints(latest=refs[-1], best=_best(refs, evaluation), retained=tuple(refs[-21:]))
+    return Checkpoints(latest=refs[-1], best=_best(refs, evaluation), retained=tuple(refs[-MAX_RETAINED:]))
 
 
 def found_at_start(job: Job, store: Store) -> Checkpoints | None:

@@ -33,8 +33,16 @@ def first_rows(source: DatasetSource, *, storage: StorageSpec, cache: Path, fiel
     is_mapped = is_saved and store.uri.startswith("file://")
     if is_mapped or sum(entry.size for entry in entries) <= MAX_BYTES:
         return load_rows(source, storage=storage, cache=cache, field=field)
-    first = next((entry for entry in entries if not is_saved and Path(entry.key).suffix in readers.SUFFIXES), None)
+    first = None if is_saved else _first(entries, source.uri)
     return _beginning(store, first, cache, columns_of(source, field)) if first is not None else None
+
+
+def _first(entries: Sequence[Entry], where: str) -> Entry | None:
+    """The first file with anything in it, of those that `load_rows` reads: no folders below, nothing hidden."""
+    if len(entries) == 1:
+        return entries[0] if Path(entries[0].key).suffix in readers.SUFFIXES else None
+    top = {entry.key: entry for entry in entries if "/" not in entry.key}
+    return next((top[name] for name in readers.data_names(top, where) if top[name].size), None)
 
 
 def bytes_of(source: DatasetSource, storage: StorageSpec, *, at_once: int | None = None) -> int:
@@ -62,7 +70,8 @@ def _beginning(store: Store, entry: Entry, cache: Path, columns: Sequence[Column
     text = store.get_bytes(entry.key, first=MAX_BYTES) or b""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(text if entry.size <= MAX_BYTES else text[: text.rfind(b"\n") + 1])
-    return readers.read_path(path, columns)
+    table = readers.read_path(path, columns)
+    return table if table.num_rows else None
 
 
 def _of_hub(source: DatasetSource, columns: Sequence[Column]) -> pa.Table:

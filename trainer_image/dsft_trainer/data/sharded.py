@@ -5,6 +5,7 @@ the data may be larger than any disk.
 """
 
 import fcntl
+import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from dsft_trainer.data.indexed import IndexedDataset, Row, open_indexed
 from dsft_trainer.data.shard_order import ShardOrder
 from dsft_trainer.errors import TrainerError
 
+log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 """Of the shards of one file, written when they are whole."""
 
@@ -62,8 +64,16 @@ class ShardedDataset:
         shard = self._open.get(number)
         if shard is None:
             coming = self._coming.pop(number, None)
-            shard = self._open[number] = coming.result() if coming else self._here(number)
+            shard = self._open[number] = self._came(coming, number) if coming else self._here(number)
         return shard[place]
+
+    def _came(self, coming: "Future[IndexedDataset]", number: int) -> IndexedDataset:
+        """What was fetched ahead. Storage that was away by then may long be back: it is asked once more."""
+        try:
+            return coming.result()
+        except TrainerError as error:
+            log.warning("shard %d could not be fetched ahead: %s", number, error)
+            return self._here(number)
 
     def want(self, numbers: Sequence[int]) -> None:
         """Fetch these shards in the background, in their order, and let go of all others."""
