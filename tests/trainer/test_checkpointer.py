@@ -278,7 +278,8 @@ def test_commits_whose_claims_were_removed_count(store: Store, tmp_path: Path) -
     names = {first.save(3), first.save(6)}
     store.delete([entry.key for entry in store.list("attempts")])
     second = Start(store, tmp_path / "scratch")
-    assert second.begin(2) == 6
+    assert second.begin(1) == 6
+    assert str(second.checkpointer.claim) == "a1.g2"
     assert folders(store) == names
 
 

@@ -65,9 +65,11 @@ def make_claim(
     store: Store, attempt: int, base: Commit | None, world_size: int, *, origin: str | None = None, origin_step: int = 0
 ) -> ClaimId:
     """Claim the next group start of an attempt; it goes on from `base`, or from the checkpoint `origin` of another run."""
+    # The claim of the base may be gone from storage, and is taken all the same.
+    known = [base.claim] if base else []
     while True:
         claim = Claim(
-            id=next_claim(claimed_ids(store), attempt),
+            id=next_claim([*known, *claimed_ids(store)], attempt),
             base=base.name if base else None,
             base_step=base.step if base else origin_step,
             origin=origin,
