@@ -11,6 +11,7 @@ from tests.e2e.breaking import workers
 from tests.e2e.manifests import Assets, tiny_run
 from tests.e2e.s3 import Bucket
 from tests.e2e.tenant import Tenant
+from tests.e2e.trial import lost
 from tests.trainer import tiny
 
 pytestmark = pytest.mark.long
@@ -53,8 +54,7 @@ def test_a_stream_goes_on_where_it_was_when_a_pod_is_lost(
     tenant.until("a commit is told", lambda: (made := tenant.status("broken").checkpoints) and made.retained)
     tenant.kubectl("delete", "pod", workers(tenant)[0], "--force", "--grace-period=0", "--wait=false")
     broken = tenant.until_phase("broken", Phase.SUCCEEDED)
-    (attempt,) = broken.attempts
-    assert [loss.failure_class for loss in attempt.losses] == [FailureClass.WORKER_LOST]
+    assert lost(broken) == [FailureClass.WORKER_LOST]
     assert whole.evaluation is not None
     assert broken.evaluation is not None
     assert broken.evaluation.metrics == pytest.approx(whole.evaluation.metrics, abs=ROUNDING)

@@ -16,6 +16,7 @@ from tests.e2e.breaking import workers
 from tests.e2e.manifests import HEAD, pool
 from tests.e2e.s3 import Bucket
 from tests.e2e.tenant import Tenant
+from tests.e2e.trial import lost
 from tests.trainer.program_examples import EXAMPLES, PROBED, RANKS, Length, examples, manifest, put_assets
 
 pytestmark = pytest.mark.long
@@ -50,8 +51,7 @@ def test_a_program_loses_a_pod_and_goes_on_from_its_commit(name: str, tenant: Te
     tenant.until("a commit is told", lambda: committed(tenant, run))
     tenant.kubectl("delete", "pod", workers(tenant)[0], "--force", "--grace-period=0", "--wait=false")
     status = tenant.until_phase(run, Phase.SUCCEEDED)
-    (attempt,) = status.attempts
-    assert [loss.failure_class for loss in attempt.losses] == [FailureClass.WORKER_LOST]
+    assert lost(status) == [FailureClass.WORKER_LOST]
     assert status.checkpoints is not None
     # None twice: what was committed was not trained again.
     assert [ref.step for ref in status.checkpoints.retained] == LENGTH.committed

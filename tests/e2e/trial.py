@@ -204,6 +204,15 @@ def lines_of(store: Store, claims: Iterable[Claim]) -> Lines:
     return {line["step"]: timeless(line) for line in lines}
 
 
+def lost(status: FineTuneStatus) -> list[FailureClass]:
+    """All losses of a run, whether the ranks started again inside the attempt or by the next one.
+
+    A pod that is deleted without grace may yet get its farewell through: then the attempt ends.
+    """
+    ended = [attempt.failure_class for attempt in status.attempts if attempt.failure_class is not None]
+    return [*ended, *(loss for attempt in status.attempts for loss in losses(attempt))]
+
+
 def classes(status: FineTuneStatus) -> list[FailureClass | None]:
     """How the attempts ended, and that they are numbered from 1."""
     assert [attempt.number for attempt in status.attempts] == list(range(1, len(status.attempts) + 1))
