@@ -43,7 +43,7 @@ from tests.cluster.crds import our_crds, raycluster_crd
 from tests.cluster.scratch import scratch_folder
 from tests.unit.operator.situations import NOW, SPEC
 
-SINGLES = 100
+SINGLES = 20
 LARGE = 5  # times --count, for memory
 WATCHED, BARE = "bench", "bench-floor"
 IMAGE = {"trainer": "registry.test/dsft-trainer:1"}
