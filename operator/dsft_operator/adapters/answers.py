@@ -20,6 +20,10 @@ DEFINITE = (400, 403, 405, 422)
 T = TypeVar("T")
 
 
+class AlreadyExistsError(Conflict):
+    """Something of that name is there. Other conflicts pass: a quota that changed meanwhile is one."""
+
+
 async def done(call: Awaitable[T]) -> T:
     """The answer.
 
@@ -31,7 +35,8 @@ async def done(call: Awaitable[T]) -> T:
         return await call
     except ApiException as error:
         if error.status == 409:
-            raise Conflict(_words(error)) from error
+            kind = AlreadyExistsError if _told(error, "reason") == "AlreadyExists" else Conflict
+            raise kind(_words(error)) from error
         raise refused(error) from error
     except SILENCE as error:
         raise KubeError(f"the API server did not answer: {error!r}") from error
@@ -52,14 +57,9 @@ async def found(call: Awaitable[T]) -> T | None:
 async def unless_there(call: Awaitable[Any]) -> None:
     """Make something, unless one of that name is there. Raises KubeError, and Conflict as a quota that changes answers it."""
     try:
-        await call
-    except ApiException as error:
-        if error.status != 409:
-            raise refused(error) from error
-        if _told(error, "reason") != "AlreadyExists":
-            raise Conflict(_words(error)) from error
-    except SILENCE as error:
-        raise KubeError(f"the API server did not answer: {error!r}") from error
+        await done(call)
+    except AlreadyExistsError:
+        return
 
 
 def refused(error: ApiException) -> KubeError:

@@ -122,10 +122,9 @@ class RayJobsHttp:
             return reply
         if reply.status != 200:
             # Ray answers 500 whatever was wrong, so it is the words that say whether there is no such file.
-            missing = reply.status == 404 or _NO_FILE in reply.text
-            return (
-                None if missing else Unknown(f"the progress document was answered {reply.status}: {reply.text[:200]}")
-            )
+            if reply.status == 404 or _NO_FILE in reply.text:
+                return None
+            return Unknown(f"the progress document was answered {reply.status}: {reply.text[:200]}")
         if len(reply.text) > MAX_PROGRESS:
             return Unknown(f"the progress document has {len(reply.text)} characters, and {MAX_PROGRESS} is the most")
         try:

@@ -238,11 +238,10 @@ class Checkpointer:
         patiently(self.before_commit)
         draft = draft.model_copy(update={"time": datetime.now(UTC)})
         commit = patiently(lambda: self._commit(draft))
+        kept = {commit.name for commit in self._kept(commit)}
+        self._doomed = (self._doomed | {commit.name for commit in self.commits}) - kept
         # Frozen while COMMIT.json was on its way, this start may have been superseded from an older commit: then it must not
         # decide what others need. One that claims from here on goes on from this commit, and lets the same ones go.
-        self._doomed = (self._doomed | {commit.name for commit in self.commits}) - {
-            kept.name for kept in self._kept(commit)
-        }
         try:
             patiently(self.check_claim)
         except TrainerError as error:
