@@ -12,7 +12,7 @@ from dsft_trainer.checkpoint.origin import Pin, choose, open_origin
 from dsft_trainer.checkpoint.store import Store, open_store
 from dsft_trainer.engine import Engine
 from dsft_trainer.errors import TrainerError
-from tests.trainer.test_checkpointer import Converter, Start, contents, of_two_ranks
+from tests.trainer.group_starts import Converter, Start, contents, of_two_ranks
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

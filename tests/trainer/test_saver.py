@@ -20,7 +20,7 @@ from dsft_trainer.errors import TrainerError
 from dsft_trainer.runtime import Place
 from tests.s3_faults import FaultyS3, faulty
 from tests.s3_server import S3Server
-from tests.trainer.test_checkpointer import State
+from tests.trainer.group_starts import State
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
