@@ -16,7 +16,7 @@ from dsft_api.progress import Progress, TrainerPhase
 from tests.unit.operator.situations import OUTPUT, told
 
 STEPS = 3
-NO_FILE = "A file is not found at: /tmp/ray/session_latest/logs/dsft-progress.json"
+NO_FILE = "A file is not found at: dsft-progress.json"
 
 
 @dataclass

@@ -28,7 +28,7 @@ _MAX_FLOAT = 1e100
 _DUPLICATE = "already exists"
 _DUPLICATE_REMEDY = "use a different submission_id"
 # Of a log that is not there (dashboard/modules/log/log_agent.py).
-_NO_FILE = "file is not found"
+NO_FILE = "file is not found"
 
 
 class _Version(BaseModel):
@@ -122,7 +122,7 @@ class RayJobsHttp:
             return reply
         if reply.status != 200:
             # Ray answers 500 whatever was wrong, so it is the words that say whether there is no such file.
-            if reply.status == 404 or _NO_FILE in reply.text:
+            if reply.status == 404 or NO_FILE in reply.text:
                 return None
             return Unknown(f"the progress document was answered {reply.status}: {reply.text[:200]}")
         if len(reply.text) > MAX_PROGRESS:

@@ -8,12 +8,14 @@ import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 
 import aiohttp
 import pytest
 from aiohttp import web
 
 from dsft_api.progress import Progress, TrainerPhase
+from dsft_operator.adapters import ray_jobs
 from dsft_operator.adapters.ray_jobs import MAX_BYTES, RayJobsHttp
 from dsft_operator.core.decision import SubmitJob
 from dsft_operator.core.observed import Head, RayJob, Unknown
@@ -111,7 +113,7 @@ def test_an_answer_that_cannot_be_read(name: str) -> None:
     ("status", "text", "missing"),
     [
         (404, "404: Not Found", True),
-        (500, "A file is not found at: /tmp/ray/session_1/logs/dsft-progress.json", True),
+        (500, "A file is not found at: dsft-progress.json", True),
         (500, "Failed to query the data source. Either there's a network issue, or the source is down.", False),
         (503, "", False),
     ],
@@ -129,6 +131,14 @@ def test_a_document_that_is_not_there_is_told_from_one_that_cannot_be_had(
 
     told = asyncio.run(ask())
     assert told is None if missing else isinstance(told, Unknown)
+
+
+def test_rays_own_words_for_a_missing_log_are_the_ones_that_are_known(tmp_path: Path) -> None:
+    """By the agent of the installed Ray, which looks for the file."""
+    from ray.dashboard.modules.log.log_agent import LogAgentV1Grpc
+
+    with pytest.raises(FileNotFoundError, match=ray_jobs.NO_FILE):
+        LogAgentV1Grpc._resolve_filename(tmp_path, "dsft-progress.json")
 
 
 def test_bytes_that_never_end() -> None:
